@@ -1,0 +1,1 @@
+"""tokenloom: one engine in which the token is the unit of work."""

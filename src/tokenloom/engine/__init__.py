@@ -1,0 +1,1 @@
+"""The loop: request, batch, scheduler, runner, sampler, engine."""

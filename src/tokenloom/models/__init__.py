@@ -1,0 +1,1 @@
+"""Models: configuration, weights, positions, and one decoder that runs a packed batch."""
