@@ -1,0 +1,169 @@
+"""One tree of settings: flags over environment over TOML over defaults. Every error names its key.
+
+Environment variables spell the path with double underscores: `TOKENLOOM_SERVER__PORT=9000`.
+A TOML file has one table per branch: `[server]` / `port = 9000`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import platformdirs
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from tokenloom.errors import TokenloomError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class ConfigError(TokenloomError):
+    """A setting is unknown, of the wrong type or out of range."""
+
+
+class _Branch(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class ModelSettings(_Branch):
+    """Which model runs, and in what arithmetic."""
+
+    name: str = Field(
+        "smollm2-135m-instruct", description="Catalog name, folder of safetensors, or .gguf file."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = Field(
+        "auto", description="auto: float32 on CPU, the stored type on GPU."
+    )
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    backend: Literal["auto", "reference", "torch"] = Field(
+        "auto", description="reference: written for reading, the same tokens in any batch. torch: fast."
+    )
+    threads: int = Field(0, ge=0, description="CPU threads; 0 takes torch's own choice.")
+    max_model_len: int = Field(
+        0, ge=0, description="Longest prompt plus answer, in tokens; 0: the model's own."
+    )
+
+
+class CacheSettings(_Branch):
+    """The KV pool."""
+
+    block_size: int = Field(16, ge=1, le=256, description="Tokens per KV block.")
+    kv_bytes: int = Field(0, ge=0, description="Bytes of the KV pool; 0 sizes it to the machine.")
+    prefix_caching: bool = True
+
+
+class SchedulerSettings(_Branch):
+    """How an iteration is filled."""
+
+    max_batch_tokens: int = Field(
+        512, ge=1, description="Rows of one iteration: decodes plus prefill chunks."
+    )
+    max_running: int = Field(64, ge=1, description="Sequences that hold KV at the same time.")
+    max_waiting: int = Field(1024, ge=1, description="Requests in the queue; one more is refused (429).")
+    policy: Literal["fcfs", "priority"] = "fcfs"
+
+
+class LimitSettings(_Branch):
+    """What one HTTP request may ask for."""
+
+    max_body_bytes: int = Field(8 * 2**20, ge=1024)
+    max_n: int = Field(16, ge=1, le=128)
+    max_logprobs: int = Field(20, ge=0, le=20)
+    max_tokens: int = Field(0, ge=0, description="Cap on generated tokens per choice; 0: the context.")
+    max_prompts: int = Field(256, ge=1, description="Prompts in one completions or embeddings request.")
+    max_concurrent: int = Field(256, ge=1, description="HTTP requests at work at the same time.")
+
+
+class ServerSettings(_Branch):
+    """Where and for whom the server listens."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    api_keys: list[SecretStr] = Field(default_factory=list, description="Empty: no key is asked for.")
+    served_model_name: str = Field("", description="Name in /v1/models; empty: the model's own.")
+    cors_origins: list[str] = Field(default_factory=list, description="Empty: no cross-origin access.")
+    drain_timeout_s: float = Field(
+        30.0, ge=0.0, description="On SIGTERM, how long running requests may go on."
+    )
+
+
+class Settings(BaseSettings):
+    """The whole tree."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="TOKENLOOM_", env_nested_delimiter="__", extra="ignore", validate_default=True
+    )
+
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    cache: CacheSettings = Field(default_factory=CacheSettings)
+    scheduler: SchedulerSettings = Field(default_factory=SchedulerSettings)
+    limits: LimitSettings = Field(default_factory=LimitSettings)
+    server: ServerSettings = Field(default_factory=ServerSettings)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return env_settings, init_settings
+
+
+def load_settings(flags: dict[str, Any] | None = None, config_file: Path | None = None) -> Settings:
+    """Read the settings of this process.
+
+    Args:
+        flags: dotted keys to values, e.g. `{"server.port": 9000}`; None values are left out.
+        config_file: a TOML file, or None.
+
+    Raises:
+        ConfigError: naming the key (and the file it came from, if one was given).
+    """
+    tree: dict[str, Any] = {}
+    if config_file is not None:
+        try:
+            tree = tomllib.loads(config_file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{config_file}: {error.strerror}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{config_file}: not valid TOML: {error}") from error
+    unknown = set(tree) - set(Settings.model_fields)
+    if unknown:
+        raise ConfigError(f"{config_file}: unknown key {sorted(unknown)[0]!r}")
+    try:
+        settings = Settings(**tree)
+        merged = settings.model_dump()
+        for key, value in (flags or {}).items():
+            if value is not None:
+                _put(merged, key, value)
+        return Settings.model_construct(
+            **{name: type(getattr(settings, name)).model_validate(merged[name]) for name in merged}
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        if error.title not in ("Settings",):
+            where = f"{error.title.removesuffix('Settings').lower()}.{where}"
+        source = f" (from {config_file} or the environment)" if config_file else ""
+        raise ConfigError(f"setting {where}: {first['msg']}, got {first['input']!r}{source}") from error
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    branch, _, leaf = key.partition(".")
+    if not isinstance(tree.get(branch), dict) or leaf not in tree[branch]:
+        raise ConfigError(f"unknown setting {key!r}")
+    tree[branch][leaf] = value
+
+
+def home() -> Path:
+    """Where state lives: `TOKENLOOM_HOME`, or the user's data folder."""
+    return Path(os.environ.get("TOKENLOOM_HOME") or platformdirs.user_data_path("tokenloom"))
