@@ -1,0 +1,127 @@
+"""Who owns which KV block: reference counts, the prefix index, and least-recently-used eviction.
+
+A block is in exactly one of three states: in use (`ref > 0`), cached (`ref == 0` but its content is
+indexed by a digest and may be reused), or free. Cached blocks are given away last, oldest first.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+
+class OutOfBlocks(Exception):
+    """Every block is in use."""
+
+
+class BlockPool:
+    """Hands out the blocks of the KV cache.
+
+    Args:
+        num_blocks: how many blocks the cache tensors hold.
+        block_size: tokens per block.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._refs = [0] * num_blocks
+        self._free = set(range(num_blocks))
+        self._cached: OrderedDict[int, None] = OrderedDict()  # ref == 0 and indexed, oldest first
+        self._digest_of: dict[int, bytes] = {}
+        self._block_of: dict[bytes, int] = {}
+        self._cursor = 0
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that an allocation can take: free ones and cached ones."""
+        return len(self._free) + len(self._cached)
+
+    @property
+    def num_used(self) -> int:
+        return self.num_blocks - self.num_available
+
+    def refs(self, block: int) -> int:
+        return self._refs[block]
+
+    def allocate(self, after: int | None = None, room: int = 1) -> int:
+        """Take a block, with one reference.
+
+        Args:
+            after: the caller's last block; the next id is taken where it is free, because a sequence
+                whose blocks are consecutive is read without a gather.
+            room: how many blocks a new sequence (`after=None`) is expected to need; the next new
+                sequence starts that much further on.
+
+        Raises:
+            OutOfBlocks: every block is in use.
+        """
+        if not self._free:
+            if not self._cached:
+                raise OutOfBlocks
+            block, _ = self._cached.popitem(last=False)
+            del self._block_of[self._digest_of.pop(block)]
+        else:
+            if after is None:
+                wanted, self._cursor = self._cursor, (self._cursor + max(1, room)) % self.num_blocks
+            else:
+                wanted = after + 1
+            block = self._nearest_free(wanted)
+            self._free.remove(block)
+        self._refs[block] = 1
+        return block
+
+    def _nearest_free(self, wanted: int) -> int:
+        for block in range(wanted, min(wanted + 64, self.num_blocks)):
+            if block in self._free:
+                return block
+        return next(iter(self._free))
+
+    def share(self, block: int) -> None:
+        """Add a reference to a block that is in use."""
+        self._refs[block] += 1
+
+    def release(self, block: int) -> None:
+        """Drop a reference; the last one leaves the block cached if its content is indexed, else free."""
+        if self._refs[block] <= 0:
+            raise RuntimeError(f"block {block} is released more often than it was taken")
+        self._refs[block] -= 1
+        if self._refs[block] == 0:
+            if block in self._digest_of:
+                self._cached[block] = None
+            else:
+                self._free.add(block)
+
+    def lookup(self, digest: bytes) -> int | None:
+        """The block with that content, with a reference for the caller, or None."""
+        block = self._block_of.get(digest)
+        if block is None:
+            return None
+        if self._refs[block] == 0:
+            del self._cached[block]
+        self._refs[block] += 1
+        return block
+
+    def publish(self, block: int, digest: bytes) -> None:
+        """Index a block in use by its content, unless that content is indexed already."""
+        if digest not in self._block_of and block not in self._digest_of:
+            self._block_of[digest] = block
+            self._digest_of[block] = digest
+
+    def is_published(self, block: int) -> bool:
+        return block in self._digest_of
+
+    def forget_prefixes(self) -> None:
+        """Drop the whole prefix index; blocks in use stay with their owners."""
+        self._free.update(self._cached)
+        self._cached.clear()
+        self._digest_of.clear()
+        self._block_of.clear()
+
+    def check(self) -> None:
+        """Raise AssertionError unless every block is in exactly one state (for tests and debugging)."""
+        used = {b for b, refs in enumerate(self._refs) if refs > 0}
+        cached = set(self._cached)
+        assert not (used & self._free or used & cached or cached & self._free), "a block is in two states"
+        assert len(used) + len(cached) + len(self._free) == self.num_blocks, "a block is in no state"
+        assert cached <= set(self._digest_of), "a cached block has no digest"
+        assert {d: b for b, d in self._digest_of.items()} == self._block_of, "the prefix index is torn"

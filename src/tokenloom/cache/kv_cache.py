@@ -1,0 +1,76 @@
+"""The tensors that hold keys and values, and how large they may be."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Keys and values of all layers, in slots.
+
+    `keys[layer]` and `values[layer]` are `[num_blocks * block_size, Hk, D]`. A slot is claimed through
+    `BlockPool`; its memory is touched when it is first written.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.block_size = block_size
+        self.num_blocks = num_blocks
+        shape = (num_layers, 2, num_blocks * block_size, num_kv_heads, head_dim)
+        self._data = torch.empty(shape, dtype=dtype, device=device)
+        self.keys: list[Tensor] = [layer[0] for layer in self._data]
+        self.values: list[Tensor] = [layer[1] for layer in self._data]
+
+    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Store k, v `[T, Hk, D]` at slots `[T]`."""
+        self.keys[layer].index_copy_(0, slots, k)
+        self.values[layer].index_copy_(0, slots, v)
+
+    def copy_block(self, source: int, target: int) -> None:
+        """Copy the content of one block to another in every layer."""
+        size = self.block_size
+        self._data[:, :, target * size : (target + 1) * size] = self._data[
+            :, :, source * size : (source + 1) * size
+        ]
+
+    @property
+    def num_bytes(self) -> int:
+        return self._data.numel() * self._data.element_size()
+
+
+def bytes_per_token(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    """KV bytes of one token over all layers."""
+    return 2 * num_layers * num_kv_heads * head_dim * dtype.itemsize
+
+
+def default_pool_bytes(device: torch.device, wanted: int) -> int:
+    """`wanted` bytes where the machine has twice that to spare, else half of what it has.
+
+    A CUDA device serves the model alone and gives nine tenths of its free memory.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * 0.9)
+    return min(wanted, _available_bytes() // 2)
+
+
+def _available_bytes() -> int:
+    """Memory that can be had without swapping."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as meminfo:
+            fields = dict(line.split(":", 1) for line in meminfo)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):  # not Linux
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

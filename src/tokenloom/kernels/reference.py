@@ -1,0 +1,69 @@
+"""The truth: every row is computed alone, so a token's numbers never depend on what shares its batch.
+
+Each operator handles one row at a time with calls whose shapes depend on that row only (its width, its
+context length). The same row therefore gives the same bits alone or in a batch, in one prefill or in
+chunks, with a cold or a warm prefix cache. Faster backends are tested against this one.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from tokenloom.kernels.interface import KVSpan
+
+
+class ReferenceKernels:
+    """See `tokenloom.kernels.interface.Kernels` for shapes."""
+
+    name = "reference"
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = torch.stack([torch.mv(weight, row) for row in x]) if len(x) else x.new_empty(0, len(weight))
+        return y if bias is None else y + bias
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        return weight * wide.to(x.dtype)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return gate / (1 + torch.exp(-gate)) * up
+
+    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        low, high = x.chunk(2, dim=-1)
+        cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+        return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+
+    def attention(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        spans: list[KVSpan],
+        block_size: int,
+        window: int | None = None,
+    ) -> Tensor:
+        num_heads, head_dim = q.shape[1:]
+        num_kv_heads = k_cache.shape[1]
+        out = torch.empty_like(q)
+        for span in spans:
+            slots = span.slots(block_size, q.device)
+            keys, values = k_cache[slots], v_cache[slots]  # [kv_len, Hk, D]
+            for i in range(span.length):
+                end = span.kv_len - span.length + i + 1  # this row and all that came before it
+                begin = 0 if window is None else max(0, end - window)
+                group = q[span.start + i].view(num_kv_heads, num_heads // num_kv_heads, head_dim)
+                k = keys[begin:end].permute(1, 2, 0).contiguous()  # [Hk, D, L]
+                v = values[begin:end].transpose(0, 1).contiguous()  # [Hk, L, D]
+                scores = torch.matmul(group, k) / math.sqrt(head_dim)
+                weights = torch.softmax(scores, dim=-1, dtype=_wide(q.dtype)).to(q.dtype)
+                out[span.start + i] = torch.matmul(weights, v).reshape(num_heads, head_dim)
+        return out
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
