@@ -1,0 +1,111 @@
+"""The central type: one packed, ragged batch of tokens from many places, and the runs it is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from tokenloom.kernels import KVSpan
+
+
+class SegmentKind(Enum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@dataclass(slots=True)
+class Segment:
+    """A run of rows of one sequence.
+
+    Rows `start .. start + length` of the batch are the sequence's tokens at KV indices
+    `kv_len - length .. kv_len`. Segments never attend to one another.
+    """
+
+    kind: SegmentKind
+    span: KVSpan
+    """What its rows read: the sequence's own KV, through its block table."""
+
+
+@dataclass(slots=True)
+class Batch:
+    """What one pass over the weights computes. T rows, one per token; no padding.
+
+    Attributes:
+        tokens: `[T]` int64 token ids.
+        positions: `[T]` int64 RoPE positions. Not the KV index: a method may make them differ.
+        slots: `[T]` int64, where each row's keys and values are stored.
+        segments: which rows belong together, in row order.
+        logits_rows: `[M]` int64, rows whose logits are wanted, in the order in which they are returned.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    slots: Tensor
+    segments: list[Segment]
+    logits_rows: Tensor
+    spans: list[KVSpan] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.spans = [segment.span for segment in self.segments]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.tokens)
+
+
+class BatchBuilder:
+    """Collects rows segment by segment in plain lists, then turns them into tensors once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.tokens: list[int] = []
+        self.positions: list[int] = []
+        self.slots: list[int] = []
+        self.segments: list[Segment] = []
+        self.logits_rows: list[int] = []
+
+    def add(
+        self,
+        kind: SegmentKind,
+        tokens: list[int],
+        blocks: list[int],
+        *,
+        kv_start: int,
+        block_size: int,
+        contiguous: bool,
+        logits: str = "last",
+    ) -> int:
+        """Append one segment.
+
+        Args:
+            tokens: its tokens, the first at KV index and position `kv_start`.
+            blocks: the sequence's block table, long enough for all of them.
+            logits: `none`, `last` or `all` of its rows.
+
+        Returns:
+            The first row of the segment.
+        """
+        start, length = len(self.tokens), len(tokens)
+        end = kv_start + length
+        self.tokens += tokens
+        self.positions += range(kv_start, end)
+        self.slots += [blocks[i // block_size] * block_size + i % block_size for i in range(kv_start, end)]
+        blocks_read = blocks[: -(-end // block_size)]
+        self.segments.append(Segment(kind, KVSpan(start, length, end, blocks_read, contiguous)))
+        if logits == "last":
+            self.logits_rows.append(start + length - 1)
+        elif logits == "all":
+            self.logits_rows += range(start, start + length)
+        return start
+
+    def build(self) -> Batch:
+        return Batch(
+            tokens=torch.tensor(self.tokens, device=self.device),
+            positions=torch.tensor(self.positions, device=self.device),
+            slots=torch.tensor(self.slots, device=self.device),
+            segments=self.segments,
+            logits_rows=torch.tensor(self.logits_rows, dtype=torch.int64, device=self.device),
+        )

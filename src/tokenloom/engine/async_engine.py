@@ -1,0 +1,246 @@
+"""The engine in a thread of its own, so that HTTP never stalls it nor it HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sys
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+
+from tokenloom.config import Settings
+from tokenloom.engine.engine import Engine
+from tokenloom.engine.outputs import StepOutput
+from tokenloom.engine.request import Request
+from tokenloom.engine.sampling_params import SamplingParams
+from tokenloom.engine.stats import EngineStats
+from tokenloom.errors import EngineBusyError, EngineStoppedError, RequestError
+
+logger = logging.getLogger("tokenloom.engine")
+
+
+class Stream(AsyncIterator[StepOutput]):
+    """The outputs of one request as they come. Closing it, or losing it, aborts the request."""
+
+    def __init__(self, request_id: str, abort: Callable[[str], None]) -> None:
+        self.request_id = request_id
+        self._abort = abort
+        self._loop = asyncio.get_running_loop()
+        self._outputs: asyncio.Queue[StepOutput] = asyncio.Queue()
+        self._done = False
+
+    def put(self, output: StepOutput) -> None:
+        """Called on the event loop's thread."""
+        self._outputs.put_nowait(output)
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        return self._loop
+
+    async def __anext__(self) -> StepOutput:
+        if self._done:
+            raise StopAsyncIteration
+        output = await self._outputs.get()
+        self._done = output.finished
+        return output
+
+    async def aclose(self) -> None:
+        """Abort the request unless it has finished; the engine drops it before its next iteration."""
+        self._close()
+
+    def _close(self) -> None:
+        if not self._done:
+            self._done = True
+            self._abort(self.request_id)
+
+    def __del__(self) -> None:
+        self._close()
+
+
+class AsyncEngine:
+    """Runs an `Engine` in a thread and speaks asyncio to the outside.
+
+    All methods may be called from any event loop; `generate` and `embed` from inside a running one.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.settings: Settings = engine.settings
+        self.model_name = engine.settings.server.served_model_name or engine.name
+        self.tokenizer = engine.tokenizer
+        self.config = engine.config
+        self.max_model_len = engine.max_model_len
+        self._inbox: deque[Callable[[], StepOutput | None]] = deque()
+        self._streams: dict[str, Stream] = {}
+        self._wake = threading.Condition()
+        self._num_queued = 0  # requests sent to the loop but not yet taken
+        self._draining = False
+        self._stopping = False
+        self._failure: BaseException | None = None
+        self._thread: threading.Thread | None = None
+
+    # -- life -------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the loop; does nothing if it runs."""
+        if self._thread is not None:
+            return
+        # The loop holds the GIL for microseconds at a time between torch calls; with the default
+        # interval of 5 ms a busy HTTP thread would stall each of them for that long.
+        sys.setswitchinterval(0.0005)
+        self._thread = threading.Thread(target=self._run, name="tokenloom-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def ready(self) -> bool:
+        """Whether new requests are taken."""
+        return self.alive and not self._draining
+
+    @property
+    def alive(self) -> bool:
+        """Whether the loop runs."""
+        return self._thread is not None and self._thread.is_alive() and self._failure is None
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new requests, let running ones finish, and abort what is left after `timeout_s`."""
+        self._draining = True
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while self._streams and self.alive and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.02)
+        for request_id in list(self._streams):
+            self._send(lambda request_id=request_id: self.engine.abort(request_id))
+
+    def shutdown(self) -> None:
+        """Stop the loop and wait for it; requests that still run are aborted."""
+        self._draining = self._stopping = True
+        with self._wake:
+            self._wake.notify()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    # -- requests ---------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> Stream:
+        """Start a request.
+
+        Raises:
+            RequestError: it can never be served; the message names the field.
+            EngineBusyError: the queue is full.
+            EngineStoppedError: the engine is draining or has stopped.
+        """
+        request = Request(request_id, prompt_token_ids, params, priority=priority, cache_salt=cache_salt)
+        return self._submit(request)
+
+    async def embed(self, prompt_token_ids: list[int], *, request_id: str) -> list[float]:
+        """The mean of the prompt's last hidden states, `[hidden_size]`. Raises as `generate` does."""
+        params = SamplingParams(max_tokens=0)
+        stream = self._submit(Request(request_id, prompt_token_ids, params, kind="embed"))
+        async with contextlib.aclosing(stream):
+            async for output in stream:
+                if output.embedding is not None:
+                    return output.embedding
+        raise EngineStoppedError(f"request {request_id} was aborted")
+
+    def _submit(self, request: Request) -> Stream:
+        if not self.ready:
+            raise EngineStoppedError(
+                "the server is shutting down" if self._draining else "the engine stopped"
+            )
+        waiting = self._num_queued + len(self.engine.scheduler.waiting)
+        limit = self.settings.scheduler.max_waiting
+        if waiting >= limit:
+            raise EngineBusyError(f"the queue is full: {waiting} requests wait, at most {limit} may")
+        self.engine.validate(request)
+        if request.request_id in self._streams:
+            raise RequestError(f"request id {request.request_id!r} is in use", param="request_id")
+        stream = Stream(request.request_id, self._abort)
+        self._streams[request.request_id] = stream
+        with self._wake:
+            self._num_queued += 1
+        self._send(lambda: self._take(request))
+        return stream
+
+    def stats(self) -> EngineStats:
+        return self.engine.stats()
+
+    # -- between the threads ----------------------------------------------------------------------------
+
+    def _abort(self, request_id: str) -> None:
+        self._streams.pop(request_id, None)
+        self._send(lambda: self.engine.abort(request_id))
+
+    def _send(self, command: Callable[[], StepOutput | None]) -> None:
+        self._inbox.append(command)
+        with self._wake:
+            self._wake.notify()
+
+    def _take(self, request: Request) -> StepOutput | None:
+        with self._wake:
+            self._num_queued -= 1
+        self.engine.add(request)
+        return None
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                outputs = self._obey()
+                if self.engine.has_work:
+                    outputs += self._step()
+                if outputs:
+                    self._deliver(outputs)
+                with self._wake:
+                    if not (self._inbox or self.engine.has_work or self._stopping):
+                        self._wake.wait()
+        except BaseException as error:  # a bug of ours: say so, and answer everybody before the end
+            self._failure = error
+            logger.exception("the engine loop stopped")
+        finally:
+            self._obey()
+            outputs = [self.engine.fail(i, "abort", "the engine stopped") for i in list(self.engine.requests)]
+            self._deliver([output for output in outputs if output is not None])
+
+    def _obey(self) -> list[StepOutput]:
+        outputs = []
+        while self._inbox:
+            output = self._inbox.popleft()()
+            if output is not None:
+                outputs.append(output)
+        return outputs
+
+    def _step(self) -> list[StepOutput]:
+        try:
+            return self.engine.step()
+        except Exception as error:  # whatever the kernels raise ends the requests at hand, not the server
+            logger.exception("an iteration failed")
+            message = f"the engine failed on this request ({type(error).__name__})"
+            failed = {s.request.request_id for s in self.engine.scheduler.running}
+            outputs = [self.engine.fail(request_id, "error", message) for request_id in failed]
+            return [output for output in outputs if output is not None]
+
+    def _deliver(self, outputs: list[StepOutput]) -> None:
+        """Hand the outputs over, waking each event loop once."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Stream, StepOutput]]] = {}
+        for output in outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is not None:
+                by_loop.setdefault(stream.loop, []).append((stream, output))
+                if output.finished:
+                    self._streams.pop(output.request_id, None)
+        for loop, pairs in by_loop.items():
+            with contextlib.suppress(RuntimeError):  # the event loop was closed: nobody listens any more
+                loop.call_soon_threadsafe(_put_all, pairs)
+
+
+def _put_all(pairs: list[tuple[Stream, StepOutput]]) -> None:
+    for stream, output in pairs:
+        stream.put(output)

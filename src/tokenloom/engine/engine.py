@@ -1,0 +1,406 @@
+"""The loop. `Engine.step()` is the table of contents of the whole system."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tokenloom.batch import Batch, BatchBuilder, SegmentKind
+from tokenloom.cache.block_pool import BlockPool
+from tokenloom.cache.kv_cache import KVCache, bytes_per_token, default_pool_bytes
+from tokenloom.config import Settings
+from tokenloom.engine.outputs import Delta, FinishReason, StepOutput, TokenLogprob
+from tokenloom.engine.request import Request, Sequence
+from tokenloom.engine.sampler import sample, token_logprobs
+from tokenloom.engine.scheduler import Plan, Scheduler
+from tokenloom.engine.stats import EngineStats, RequestTiming
+from tokenloom.errors import ModelError, RequestError
+from tokenloom.kernels import get_kernels
+from tokenloom.models.decoder import Decoder
+from tokenloom.models.loader import ModelFiles, open_model
+
+# Prompt log-probabilities need the logits of every prompt row; this many rows of them exist at a time.
+_PROMPT_LOGITS_ROWS = 128
+
+
+class PhaseTimer(Protocol):
+    """Times the named phases of a step; see `tokenloom.bench.profile`."""
+
+    def __call__(self, phase: str) -> AbstractContextManager[None]: ...
+
+
+def _untimed(phase: str) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+class Engine:
+    """One model, its KV pool, and the requests that it is answering. Not thread-safe: see `AsyncEngine`.
+
+    Args:
+        settings: the whole settings tree; `model`, `cache` and `scheduler` are read here.
+        files: the opened model, or None to open `settings.model.name`.
+
+    Raises:
+        ModelError: the model cannot be found, read or held in memory.
+    """
+
+    def __init__(self, settings: Settings, files: ModelFiles | None = None) -> None:
+        self.settings = settings
+        files = files or open_model(settings.model.name)
+        self.name = files.name
+        self.config = files.config
+        self.tokenizer = files.tokenizer
+        self.device = _device(settings.model.device)
+        self.dtype = _dtype(settings.model.dtype, files.config.dtype, self.device)
+        if settings.model.threads:
+            torch.set_num_threads(settings.model.threads)
+        kernels = get_kernels(settings.model.backend)
+        self.decoder = Decoder(files.config, files.weights, kernels, self.dtype, self.device)
+        self.max_model_len = min(
+            files.config.max_position, settings.model.max_model_len or files.config.max_position
+        )
+        self.kv = self._allocate_kv()
+        self.pool = BlockPool(self.kv.num_blocks, self.kv.block_size)
+        self.scheduler = Scheduler(
+            settings.scheduler, self.pool, prefix_caching=settings.cache.prefix_caching
+        )
+        self.end_tokens = files.config.eos_token_ids
+        self.requests: dict[str, Request] = {}
+        self.counters = EngineStats()
+        self.timer: PhaseTimer = _untimed
+
+    def _allocate_kv(self) -> KVCache:
+        config, cache = self.config, self.settings.cache
+        token_bytes = bytes_per_token(config.num_layers, config.num_kv_heads, config.head_dim, self.dtype)
+        wanted = token_bytes * max(32768, 4 * self.max_model_len)
+        pool_bytes = cache.kv_bytes or default_pool_bytes(self.device, wanted)
+        num_blocks = pool_bytes // (token_bytes * cache.block_size)
+        if num_blocks < 1:
+            raise ModelError(
+                f"cache.kv_bytes: {pool_bytes} bytes hold no block of {cache.block_size} tokens "
+                f"({token_bytes * cache.block_size} bytes)"
+            )
+        return KVCache(
+            config.num_layers,
+            config.num_kv_heads,
+            config.head_dim,
+            num_blocks=num_blocks,
+            block_size=cache.block_size,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    # -- requests ---------------------------------------------------------------------------------------
+
+    def validate(self, request: Request) -> None:
+        """Refuse what can never be served.
+
+        Raises:
+            RequestError: naming the field, with the numbers.
+        """
+        prompt, params, vocab = request.prompt, request.params, self.config.vocab_size
+        if not prompt:
+            raise RequestError("prompt is empty: it must have at least one token", param="prompt")
+        bad = next((t for t in prompt if not 0 <= t < vocab), None)
+        if bad is not None:
+            raise RequestError(f"prompt has token id {bad}; ids are from 0 to {vocab - 1}", param="prompt")
+        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+            bad = next((t for t in ids if not 0 <= t < vocab), None)
+            if bad is not None:
+                raise RequestError(f"{name} has token id {bad}; ids are from 0 to {vocab - 1}", param=name)
+        generated = 0 if request.kind == "embed" else min(1, params.max_tokens or 1)
+        if len(prompt) + generated > self.max_model_len:
+            raise RequestError(
+                f"the prompt has {len(prompt)} tokens; this model's context is {self.max_model_len} tokens, "
+                f"prompt and answer together",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        pool_tokens = self.pool.num_blocks * self.pool.block_size
+        if len(prompt) + generated > pool_tokens:
+            raise RequestError(
+                f"the prompt has {len(prompt)} tokens; the whole KV pool holds {pool_tokens} "
+                f"({self.pool.num_blocks} blocks of {self.pool.block_size})",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        if params.n > self.settings.scheduler.max_running:
+            raise RequestError(
+                f"n is {params.n}; this server runs at most {self.settings.scheduler.max_running} sequences",
+                param="n",
+            )
+
+    def add(self, request: Request) -> None:
+        """Queue a request. It is worked on from the next step.
+
+        Raises:
+            RequestError: see `validate`; or the id is in use.
+        """
+        self.validate(request)
+        if request.request_id in self.requests:
+            raise RequestError(f"request id {request.request_id!r} is in use", param="request_id")
+        leader = Sequence(request, 0, self.pool, self._detokenizer(request))
+        request.sequences = [leader]
+        self.requests[request.request_id] = request
+        self.scheduler.add(leader)
+        self.counters.prompt_tokens += len(request.prompt)
+
+    def abort(self, request_id: str) -> StepOutput | None:
+        """End a request now and free what it holds; None if it is not known (any more)."""
+        return self.fail(request_id, "abort", None)
+
+    def fail(self, request_id: str, reason: FinishReason, error: str | None) -> StepOutput | None:
+        """End a request for a reason of ours; choices that were finished already stay as they were."""
+        request = self.requests.get(request_id)
+        if request is None:
+            return None
+        deltas = []
+        for sequence in request.sequences:
+            if sequence.finish_reason is None:
+                self._finish(sequence, reason)
+                deltas.append(Delta(sequence.index, "", [], finish_reason=reason, error=error))
+        deltas += [
+            Delta(i, "", [], finish_reason=reason, error=error)
+            for i in range(len(request.sequences), request.params.n)
+        ]
+        self._close(request)
+        return StepOutput(request_id, deltas, finished=True, cached_tokens=request.cached_tokens)
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    # -- one iteration ----------------------------------------------------------------------------------
+
+    def step(self) -> list[StepOutput]:
+        """Run one iteration: every decode gets a token, and prompts go on by a chunk."""
+        with self.timer("schedule"):
+            plan = self.scheduler.schedule()
+        if not plan.rows:
+            return []
+        with self.timer("build"):
+            batch = self._build(plan)
+        with self.timer("layers"):
+            hidden = self.decoder.forward(batch, self.kv)
+        ready = self._advance(plan, batch, hidden)
+        with self.timer("head"):
+            logits = self.decoder.logits(hidden[batch.logits_rows]) if len(batch.logits_rows) else hidden
+        with self.timer("sample"):
+            sampling, logits = self._fork(ready, logits)
+            tokens, logprobs = sample(logits, sampling, self.end_tokens) if sampling else ([], [])
+        with self.timer("publish"):
+            return self._publish(ready, sampling, tokens, logprobs)
+
+    def _build(self, plan: Plan) -> Batch:
+        for source, target in plan.copies:
+            self.kv.copy_block(source, target)
+        builder = BatchBuilder(self.device)
+        for sequence, rows in plan.rows.items():
+            start = sequence.num_computed
+            samples = start + rows == len(sequence.tokens) and _generates(sequence)
+            builder.add(
+                SegmentKind.DECODE if sequence.num_output and rows == 1 else SegmentKind.PREFILL,
+                sequence.tokens[start : start + rows],
+                sequence.table.blocks,
+                kv_start=start,
+                block_size=self.pool.block_size,
+                contiguous=sequence.table.contiguous,
+                logits="last" if samples else "none",
+            )
+        self.counters.iterations += 1
+        self.counters.batch_tokens += plan.num_rows
+        return builder.build()
+
+    def _advance(self, plan: Plan, batch: Batch, hidden: Tensor) -> list[Sequence]:
+        """Account for the rows just computed; returns the sequences whose tokens are all computed."""
+        ready = []
+        for (sequence, rows), segment in zip(plan.rows.items(), batch.segments, strict=True):
+            before = sequence.num_computed
+            sequence.num_computed += rows
+            if self.scheduler.prefix_caching:
+                sequence.publish_blocks(before)
+            request = sequence.request
+            if before < len(request.prompt) and request.reads_prompt_rows:
+                start = segment.span.start
+                self._read_prompt_rows(request, hidden[start : start + rows], before)
+            if sequence.num_pending == 0:
+                ready.append(sequence)
+        return ready
+
+    def _read_prompt_rows(self, request: Request, hidden: Tensor, position: int) -> None:
+        """Collect what a request wants of its prompt's rows: hidden `[n, d]`, the first at `position`."""
+        if request.kind == "embed":
+            total = hidden.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32).sum(0)
+            request.hidden_sum = total if request.hidden_sum is None else request.hidden_sum + total
+            return
+        entries = request.prompt_logprobs
+        if entries is None or len(entries) > position + 1:  # known already: this is a recompute
+            skip = 0 if entries is None else len(entries) - position - 1
+            hidden, position = hidden[skip:], position + skip
+        labels = request.prompt[position + 1 : position + 1 + len(hidden)]
+        count = request.params.prompt_logprobs or 0
+        for i in range(0, len(labels), _PROMPT_LOGITS_ROWS):
+            window = labels[i : i + _PROMPT_LOGITS_ROWS]
+            logits = self.decoder.logits(hidden[i : i + len(window)])
+            assert entries is not None
+            entries += token_logprobs(logits, window, [count] * len(window))
+
+    def _fork(self, ready: list[Sequence], logits: Tensor) -> tuple[list[Sequence], Tensor]:
+        """Start the siblings of prompts that are now computed.
+
+        Returns:
+            The sequences to sample for, and a row of logits for each.
+        """
+        sampling: list[Sequence] = []
+        rows: list[int] = []
+        row = 0
+        for sequence in ready:
+            if not _generates(sequence):
+                continue
+            sampling.append(sequence)
+            rows.append(row)
+            request = sequence.request
+            if not request.forked and request.params.n > 1:
+                for index in range(1, request.params.n):
+                    sibling = sequence.fork(index, self._detokenizer(request))
+                    request.sequences.append(sibling)
+                    self.scheduler.start(sibling)
+                    sampling.append(sibling)
+                    rows.append(row)
+            request.forked = True
+            row += 1
+        return sampling, logits if len(rows) == row else logits[rows]
+
+    def _publish(
+        self,
+        ready: list[Sequence],
+        sampling: list[Sequence],
+        tokens: list[int],
+        logprobs: list[TokenLogprob | None],
+    ) -> list[StepOutput]:
+        now = time.monotonic()
+        outputs: dict[str, StepOutput] = {}
+        for sequence in ready:
+            if not _generates(sequence):
+                outputs[sequence.request.request_id] = self._publish_prompt_only(sequence)
+        for sequence, token, logprob in zip(sampling, tokens, logprobs, strict=True):
+            request = sequence.request
+            output = outputs.get(request.request_id)
+            if output is None:
+                output = StepOutput(request.request_id, [], cached_tokens=request.cached_tokens)
+                outputs[request.request_id] = output
+                if request.first_token_s is None:
+                    request.first_token_s = now
+                    output.prompt_logprobs = request.prompt_logprobs
+            output.deltas.append(self._extend(sequence, token, logprob))
+            sequence.last_token_s = now
+            if sequence.finish_reason is not None and request.finished:
+                output.finished = True
+                self._close(request)
+        self.counters.generation_tokens += len(tokens)
+        return list(outputs.values())
+
+    def _publish_prompt_only(self, sequence: Sequence) -> StepOutput:
+        """The answer of a request that generates nothing: an embedding, or scores with max_tokens=0."""
+        request = sequence.request
+        self._finish(sequence, "length")
+        deltas = [Delta(i, "", [], finish_reason="length") for i in range(request.params.n)]
+        output = StepOutput(request.request_id, deltas, True, request.prompt_logprobs)
+        output.cached_tokens = request.cached_tokens
+        if request.hidden_sum is not None:
+            output.embedding = (request.hidden_sum / len(request.prompt)).tolist()
+        self._close(request)
+        return output
+
+    def _extend(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> Delta:
+        """Add a sampled token to its sequence and say what may be shown of it."""
+        params = sequence.request.params
+        sequence.tokens.append(token)
+        delta = Delta(sequence.index, "", [token], None if logprob is None else [logprob])
+        is_end = token in self.end_tokens and not params.ignore_eos
+        if (is_end or token in params.stop_token_ids) and sequence.num_output >= params.min_tokens:
+            if params.include_stop:
+                delta.text = sequence.text.push(token, sequence.num_output)[0]
+            delta.text += sequence.text.finish()
+            delta.stop_reason = None if is_end else token
+            self._finish(sequence, "stop")
+        else:
+            delta.text, delta.stop_reason = sequence.text.push(token, sequence.num_output)
+            if delta.stop_reason is not None:
+                self._finish(sequence, "stop")
+            elif sequence.num_output >= self._max_output(sequence.request):
+                delta.text += sequence.text.finish()
+                self._finish(sequence, "length")
+        delta.finish_reason = sequence.finish_reason
+        return delta
+
+    def _max_output(self, request: Request) -> int:
+        """Most tokens that a choice may have: what was asked, what the context and the KV pool hold."""
+        pool_tokens = self.pool.num_blocks * self.pool.block_size
+        room = min(self.max_model_len, pool_tokens) - len(request.prompt)
+        return room if request.params.max_tokens is None else min(request.params.max_tokens, room)
+
+    # -- the end of a request ---------------------------------------------------------------------------
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        sequence.finish_reason = reason
+        self.scheduler.remove(sequence)
+
+    def _close(self, request: Request) -> None:
+        del self.requests[request.request_id]
+        now = time.monotonic()
+        first, last = request.first_token_s, max(s.last_token_s for s in request.sequences)
+        longest = max(s.num_output for s in request.sequences)
+        scheduled = request.scheduled_s
+        self.counters.finished.append(
+            RequestTiming(
+                arrival_s=request.arrival_s,
+                queued_s=(scheduled or now) - request.arrival_s,
+                ttft_s=first - request.arrival_s if first else None,
+                e2e_s=now - request.arrival_s,
+                tpot_s=(last - first) / (longest - 1) if first and longest > 1 else None,
+                prefill_s=first - scheduled if first and scheduled else None,
+                decode_s=last - first if first else None,
+                prompt_tokens=len(request.prompt),
+                generation_tokens=sum(s.num_output for s in request.sequences),
+                finish_reason=request.sequences[0].finish_reason or "abort",
+            )
+        )
+
+    def stats(self) -> EngineStats:
+        """Counters since the start, and gauges of this moment."""
+        stats, scheduler = self.counters, self.scheduler
+        stats.running, stats.waiting = len(scheduler.running), len(scheduler.waiting)
+        stats.kv_blocks_used, stats.kv_blocks_total = self.pool.num_used, self.pool.num_blocks
+        stats.kv_bytes_total = self.kv.num_bytes
+        stats.prefix_queries_tokens = scheduler.prefix_queries
+        stats.prefix_hits_tokens = scheduler.prefix_hits
+        stats.preemptions = scheduler.num_preemptions
+        return stats
+
+    def _detokenizer(self, request: Request):  # type: ignore[no-untyped-def]
+        return self.tokenizer.detokenizer(request.params.skip_special_tokens)
+
+
+def _generates(sequence: Sequence) -> bool:
+    request = sequence.request
+    return request.kind == "generate" and request.params.max_tokens != 0
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ModelError("model.device: cuda was asked for, but torch finds no CUDA device")
+    return torch.device(name)
+
+
+def _dtype(name: str, stored: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        name = "float32" if device.type == "cpu" or stored not in ("bfloat16", "float16") else stored
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

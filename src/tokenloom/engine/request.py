@@ -1,0 +1,163 @@
+"""A request, the sequences that answer it, and the part of their text that may be shown."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from tokenloom.cache.block_pool import BlockPool
+from tokenloom.cache.block_table import BlockTable, block_digest, root_digest
+from tokenloom.engine.outputs import FinishReason, TokenLogprob
+from tokenloom.engine.sampling_params import SamplingParams
+from tokenloom.text.detokenizer import Detokenizer
+
+
+@dataclass(eq=False)
+class Request:
+    """What was asked. `sequences[0]` computes the prompt; the others fork from it (`params.n` in all)."""
+
+    request_id: str
+    prompt: list[int]
+    params: SamplingParams
+    kind: Literal["generate", "embed"] = "generate"
+    priority: int = 0
+    cache_salt: str | None = None
+    arrival_s: float = field(default_factory=time.monotonic)
+
+    sequences: list[Sequence] = field(default_factory=list)
+    seed: int = 0
+    forked: bool = False
+    cached_tokens: int = 0
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    hidden_sum: torch.Tensor | None = None
+    scheduled_s: float | None = None
+    first_token_s: float | None = None
+
+    def __post_init__(self) -> None:
+        self.seed = secrets.randbits(63) if self.params.seed is None else self.params.seed
+        if self.params.prompt_logprobs is not None:
+            self.prompt_logprobs = [None]
+
+    @property
+    def reads_prompt_rows(self) -> bool:
+        """Whether every prompt row must be computed, so that cached KV cannot stand in for it."""
+        return self.kind == "embed" or self.prompt_logprobs is not None
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.sequences) and all(s.finish_reason for s in self.sequences)
+
+
+class Sequence:
+    """One answer being written: its tokens so far, its KV, and the text that was not shown yet.
+
+    `num_computed` tokens have their KV in the table; the rest wait to be rows of a batch. A sequence in
+    decode has exactly one such token, one in prefill (or after a preemption) many.
+    """
+
+    def __init__(self, request: Request, index: int, pool: BlockPool, detokenizer: Detokenizer) -> None:
+        self.request = request
+        self.index = index
+        self.tokens = list(request.prompt)
+        self.table = BlockTable(pool)
+        self.num_computed = 0
+        self.digests: list[bytes] = []
+        self.root = root_digest("base", 0, request.cache_salt)
+        self.text = StopText(request.params, detokenizer)
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: str | int | None = None
+        self.last_token_s = request.arrival_s
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def num_pending(self) -> int:
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def output(self) -> list[int]:
+        return self.tokens[len(self.request.prompt) :]
+
+    def digest(self, block: int) -> bytes:
+        """Digest of full block number `block` of this sequence and all that precedes it."""
+        size = self.table.pool.block_size
+        while len(self.digests) <= block:
+            i = len(self.digests)
+            parent = self.digests[-1] if self.digests else self.root
+            self.digests.append(block_digest(parent, self.tokens[i * size : (i + 1) * size]))
+        return self.digests[block]
+
+    def match_prefix(self) -> int:
+        """Adopt cached blocks from the front, leaving at least one token to compute; tokens adopted."""
+        pool = self.table.pool
+        for i in range((len(self.tokens) - 1) // pool.block_size):
+            block = pool.lookup(self.digest(i))
+            if block is None:
+                break
+            self.table.adopt(block)
+        self.num_computed = len(self.table.blocks) * pool.block_size
+        return self.num_computed
+
+    def publish_blocks(self, computed_before: int) -> None:
+        """Index the blocks that became full since `computed_before` tokens were computed."""
+        size = self.table.pool.block_size
+        for i in range(computed_before // size, self.num_computed // size):
+            self.table.pool.publish(self.table.blocks[i], self.digest(i))
+
+    def fork(self, index: int, detokenizer: Detokenizer) -> Sequence:
+        """A sibling that shares the KV of everything computed so far."""
+        other = Sequence(self.request, index, self.table.pool, detokenizer)
+        other.table = self.table.fork()
+        other.num_computed = self.num_computed
+        other.digests = list(self.digests)
+        return other
+
+
+class StopText:
+    """Turns tokens into text that is safe to show.
+
+    Characters are held back while they are incomplete or could still be the beginning of a stop string.
+    """
+
+    def __init__(self, params: SamplingParams, detokenizer: Detokenizer) -> None:
+        self.stops = tuple(params.stop)
+        self.include_stop = params.include_stop
+        self.min_tokens = params.min_tokens
+        self.detokenizer = detokenizer
+        self.held = ""
+
+    def push(self, token: int, num_output: int) -> tuple[str, str | None]:
+        """Add one token; returns the text that may be shown now, and the stop string it completed."""
+        new = self.detokenizer.push((token,))
+        if not self.stops:
+            return new, None
+        text = self.held + new
+        if num_output >= self.min_tokens:
+            hits = [(text.find(stop), -len(stop), stop) for stop in self.stops if stop in text]
+            if hits:
+                at, _, stop = min(hits)
+                self.held = ""
+                return text[: at + len(stop) if self.include_stop else at], stop
+        keep = max(_overlap(text, stop) for stop in self.stops)
+        self.held = text[len(text) - keep :]
+        return text[: len(text) - keep], None
+
+    def finish(self) -> str:
+        """What is still held back, when no more tokens come."""
+        rest = self.held + self.detokenizer.finish()
+        self.held = ""
+        return rest
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    for size in range(min(len(text), len(stop) - 1), 0, -1):
+        if stop.startswith(text[-size:]):
+            return size
+    return 0

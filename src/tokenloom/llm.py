@@ -1,0 +1,173 @@
+"""The offline API: a model in this process, no server."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokenloom.config import Settings, load_settings
+from tokenloom.engine.engine import Engine
+from tokenloom.engine.outputs import Completion, RequestOutput, TokenLogprob, collect
+from tokenloom.engine.request import Request
+from tokenloom.engine.sampling_params import SamplingParams
+from tokenloom.errors import RequestError
+from tokenloom.models.catalog import DEFAULT_MODEL
+from tokenloom.text.tokenizer import Tokenizer
+
+Prompt = str | list[int]
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Score:
+    """How likely the model finds a text. Natural logarithms; the first token has no prediction."""
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprob | None]
+
+    @property
+    def total(self) -> float:
+        """Log-probability of all tokens after the first."""
+        return sum(entry.logprob for entry in self.logprobs if entry is not None)
+
+    @property
+    def perplexity(self) -> float:
+        """exp(-mean log-probability); NaN for a text of one token."""
+        count = len(self.token_ids) - 1
+        return math.exp(-self.total / count) if count else math.nan
+
+
+class LLM:
+    """A model ready to use.
+
+    Args:
+        model: a catalog name, a folder of safetensors, or a GGUF file.
+        settings: any key of the settings tree with its dot as a double underscore, e.g.
+            `model__dtype="bfloat16"`, `cache__kv_bytes=2**30`, `scheduler__max_batch_tokens=256`.
+
+    Raises:
+        ModelError: the model cannot be found, read or held.
+        ConfigError: a setting is unknown or out of range; the message names its key.
+
+    Example:
+        >>> llm = LLM("smollm2-135m-instruct")
+        >>> llm.generate(["The capital of France is"], SamplingParams(temperature=0, max_tokens=8))[0].text
+    """
+
+    def __init__(self, model: str = DEFAULT_MODEL, **settings: Any) -> None:
+        flags = {key.replace("__", ".", 1): value for key, value in settings.items()}
+        self.engine = Engine(load_settings({"model.name": model, **flags}))
+        self._num_requests = 0
+
+    @property
+    def settings(self) -> Settings:
+        return self.engine.settings
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.engine.tokenizer
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Continue each prompt; all of them run together.
+
+        Args:
+            prompts: strings or lists of token ids (or one of either).
+            params: for all prompts, or one for each; by default 16 tokens at temperature 1.
+
+        Returns:
+            One output per prompt, in order.
+
+        Raises:
+            RequestError: a prompt or parameter cannot be served; nothing has been run then.
+        """
+        many: list[Prompt] = [prompts] if _is_one(prompts) else list(prompts)  # type: ignore[list-item,arg-type]
+        each = [params or SamplingParams()] * len(many) if not isinstance(params, Sequence) else list(params)
+        if len(each) != len(many):
+            raise RequestError(f"params has {len(each)} entries for {len(many)} prompts", param="params")
+        token_ids = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in many]
+        return self._run([Request(self._next_id(), ids, p) for ids, p in zip(token_ids, each, strict=True)])
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | None = None,
+        **template_variables: Any,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or several together.
+
+        Args:
+            messages: `{"role": ..., "content": ...}` dictionaries, or a list of such lists.
+            params: as in `generate`.
+            template_variables: passed to the model's chat template.
+
+        Returns:
+            One output per conversation.
+
+        Raises:
+            RequestError: the model has no chat template, or it refuses the messages.
+        """
+        single = bool(messages) and isinstance(messages[0], dict)
+        conversations: Any = [messages] if single or not messages else messages
+        prompts: list[Prompt] = [
+            self.tokenizer.encode(
+                self.tokenizer.render_chat(list(conversation), **template_variables), add_special_tokens=False
+            )
+            for conversation in conversations
+        ]
+        return self.generate(prompts, params)
+
+    def score(self, texts: Prompt | Sequence[Prompt], *, top: int = 0) -> list[Score]:
+        """Log-probability of every token of each text, given the ones before it.
+
+        Args:
+            texts: strings or lists of token ids.
+            top: how many alternatives (0..20) to report at each position.
+        """
+        outputs = self.generate(texts, SamplingParams(temperature=0.0, max_tokens=0, prompt_logprobs=top))
+        return [Score(output.prompt_token_ids, output.prompt_logprobs or []) for output in outputs]
+
+    def embed(self, texts: Prompt | Sequence[Prompt]) -> list[list[float]]:
+        """Mean of the last hidden states of each text, `[hidden_size]` each."""
+        many: list[Prompt] = [texts] if _is_one(texts) else list(texts)  # type: ignore[list-item,arg-type]
+        none = SamplingParams(max_tokens=0)
+        requests = [
+            Request(
+                self._next_id(), self.tokenizer.encode(t) if isinstance(t, str) else t, none, kind="embed"
+            )
+            for t in many
+        ]
+        return [output.embedding or [] for output in self._run(requests)]
+
+    def _next_id(self) -> str:
+        self._num_requests += 1
+        return f"llm-{self._num_requests}"
+
+    def _run(self, requests: list[Request]) -> list[RequestOutput]:
+        for request in requests:
+            self.engine.validate(request)
+        outputs = {
+            r.request_id: RequestOutput(r.request_id, r.prompt, [Completion(i) for i in range(r.params.n)])
+            for r in requests
+        }
+        for request in requests:
+            self.engine.add(request)
+        try:
+            while self.engine.has_work:
+                for step in self.engine.step():
+                    collect(outputs[step.request_id], step)
+        except BaseException:  # an interrupt too: the next call must find an empty engine
+            for request in requests:
+                self.engine.abort(request.request_id)
+            raise
+        return list(outputs.values())
+
+
+def _is_one(prompts: Any) -> bool:
+    """Whether this is a single prompt: a string, or a list of token ids."""
+    return isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
