@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tokenloom.config import Settings, load_settings
 from tokenloom.engine.engine import Engine
-from tokenloom.engine.outputs import Completion, RequestOutput, TokenLogprob, collect
+from tokenloom.engine.outputs import Completion, Delta, RequestOutput, TokenLogprob, collect
 from tokenloom.engine.request import Request
 from tokenloom.engine.sampling_params import SamplingParams
 from tokenloom.errors import RequestError
@@ -60,6 +60,13 @@ class LLM:
         flags = {key.replace("__", ".", 1): value for key, value in settings.items()}
         self.engine = Engine(load_settings({"model.name": model, **flags}))
         self._num_requests = 0
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> LLM:
+        """A model by a settings tree that was read already."""
+        llm = cls.__new__(cls)
+        llm.engine, llm._num_requests = Engine(settings), 0
+        return llm
 
     @property
     def settings(self) -> Settings:
@@ -121,6 +128,22 @@ class LLM:
             for conversation in conversations
         ]
         return self.generate(prompts, params)
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
+        """Continue one prompt, piece by piece. Ending the iteration early aborts it.
+
+        Yields:
+            What each choice gained, in the order in which it came.
+        """
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        request = Request(self._next_id(), ids, params or SamplingParams())
+        self.engine.add(request)
+        try:
+            while not request.finished:
+                for output in self.engine.step():
+                    yield from output.deltas
+        finally:
+            self.engine.abort(request.request_id)
 
     def score(self, texts: Prompt | Sequence[Prompt], *, top: int = 0) -> list[Score]:
         """Log-probability of every token of each text, given the ones before it.

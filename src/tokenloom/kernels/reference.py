@@ -21,17 +21,20 @@ class ReferenceKernels:
     name = "reference"
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = torch.stack([torch.mv(weight, row) for row in x]) if len(x) else x.new_empty(0, len(weight))
+        y = x.new_empty(len(x), len(weight))
+        for i, row in enumerate(x):
+            # BLAS picks its order of summation by the vector's alignment, so each row gets a fresh one.
+            y[i] = torch.mv(weight, row.clone())
         return y if bias is None else y + bias
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
+        wide = x.to(_wide(x.dtype))
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
         return weight * wide.to(x.dtype)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return gate / (1 + torch.exp(-gate)) * up
+        gate, up = gate_up.to(_wide(gate_up.dtype)).chunk(2, dim=-1)
+        return (gate / (1 + torch.exp(-gate)) * up).to(gate_up.dtype)
 
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         low, high = x.chunk(2, dim=-1)

@@ -23,9 +23,9 @@ class TorchKernels:
         if x.is_cuda or rows >= _FEW_ROWS or x.dtype != torch.float32:
             return F.linear(x, weight, bias)
         # One row alone would fall to a slow matrix-vector product; a second, equal one makes it a GEMM.
-        columns = x.expand(2, -1).t() if rows == 1 else x.t()
-        y = torch.mm(weight, columns)[:, :rows].t()
-        return y.contiguous() if bias is None else y + bias
+        columns = torch.cat((x, x)).t() if rows == 1 else x.t()
+        y = torch.mm(weight, columns)[:, :rows].t().contiguous()
+        return y if bias is None else y.add_(bias)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if x.dtype in (torch.float32, torch.float64):

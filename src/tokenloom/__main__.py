@@ -1,0 +1,5 @@
+"""`python -m tokenloom` is the command line."""
+
+from tokenloom.cli import main
+
+main()

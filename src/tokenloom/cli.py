@@ -1,0 +1,294 @@
+"""The command line. Heavy imports wait inside the commands, so that `--help` and `--version` are quick."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tokenloom.config import Settings, load_settings
+from tokenloom.errors import TokenloomError
+from tokenloom.version import __version__
+
+if TYPE_CHECKING:
+    from tokenloom.llm import LLM
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+models_app = typer.Typer(no_args_is_help=True, help="Models that tokenloom knows or can open.")
+app.add_typer(models_app, name="models")
+out, err = Console(), Console(stderr=True)
+
+# Options that several commands share. Everything else in the settings tree goes through --set.
+Model = Annotated[str | None, typer.Option("--model", "-m", help="Catalog name, folder or .gguf file.")]
+Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
+Backend = Annotated[str | None, typer.Option(help="auto, torch or reference (same tokens in any batch).")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; 0 takes torch's own choice.")]
+Config = Annotated[Path | None, typer.Option("--config", "-c", help="A TOML file of settings.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="Any setting as KEY=VALUE, e.g. cache.block_size=32.")
+]
+MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
+Temperature = Annotated[float, typer.Option(help="0 picks the most likely token.")]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+
+
+def main() -> None:
+    """Run the command line; an error that the user can mend is one line, not a traceback."""
+    try:
+        app()
+    except TokenloomError as error:
+        err.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        raise SystemExit(1) from None
+
+
+@app.callback(invoke_without_command=True)
+def tokenloom(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """One engine in which the token is the unit of work: serve and finetune LLMs on the same weights."""
+    if version:
+        print(f"tokenloom {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def serve(
+    model: Model = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")] = None,
+    api_key: Annotated[list[str] | None, typer.Option(help="Ask clients for a key; may be repeated.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Longest prompt plus answer, in tokens.")] = None,
+    max_batch_tokens: Annotated[int | None, typer.Option(help="Rows of one iteration.")] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    backend: Backend = None,
+    threads: Threads = None,
+    config: Config = None,
+    set_: Set = None,
+) -> None:
+    """Serve a model over the OpenAI API."""
+    flags = {
+        "server.host": host,
+        "server.port": port,
+        "server.api_keys": api_key or None,
+        "model.max_model_len": max_model_len,
+        "scheduler.max_batch_tokens": max_batch_tokens,
+        **_model_flags(model, dtype, device, backend, threads),
+    }
+    settings = _settings(flags, config, set_)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    _fetch(settings.model.name)
+    from tokenloom.engine.async_engine import AsyncEngine
+    from tokenloom.engine.engine import Engine
+    from tokenloom.serve.app import run_server
+
+    with err.status(f"loading {settings.model.name}"):
+        engine = AsyncEngine(Engine(settings))
+    run_server(engine, settings, announce=lambda url: _announce(engine.model_name, url))
+
+
+def _announce(name: str, url: str) -> None:
+    body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hello!"}]})
+    out.print(f"\n[bold]{name}[/] is served at [bold]{url}[/]. Try:\n", highlight=False)
+    print(f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'\n")
+    print(
+        "python - <<'EOF'\n"
+        "from openai import OpenAI\n"
+        f'client = OpenAI(base_url="{url}/v1", api_key="none")\n'
+        f'messages = [{{"role": "user", "content": "Hello!"}}]\n'
+        f'answer = client.chat.completions.create(model="{name}", messages=messages)\n'
+        "print(answer.choices[0].message.content)\n"
+        "EOF\n",
+        flush=True,
+    )
+
+
+@app.command()
+def chat(
+    model: Model = None,
+    system: Annotated[str, typer.Option(help="A system message.")] = "",
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.2,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 0.9,
+    seed: Seed = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    backend: Backend = None,
+    threads: Threads = None,
+    config: Config = None,
+    set_: Set = None,
+) -> None:
+    """Chat with a model in the terminal. /reset forgets the conversation, /exit leaves."""
+    from tokenloom.engine.sampling_params import SamplingParams
+
+    llm = _llm(_model_flags(model, dtype, device, backend, threads), config, set_)
+    params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed)
+    start = [{"role": "system", "content": system}] if system else []
+    history = list(start)
+    out.print(f"[dim]{llm.engine.name}. /reset forgets the conversation, /exit leaves.[/]", highlight=False)
+    while True:
+        try:
+            text = out.input("[bold green]you>[/] ").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if text == "/exit":
+            return
+        if text == "/reset":
+            history = list(start)
+            continue
+        if not text:
+            continue
+        history.append({"role": "user", "content": text})
+        answer = ""
+        try:
+            prompt = llm.tokenizer.encode(llm.tokenizer.render_chat(history), add_special_tokens=False)
+            for delta in llm.stream(prompt, params):
+                answer += delta.text
+                print(delta.text, end="", flush=True)
+        except KeyboardInterrupt:  # stop this answer, not the chat
+            answer += " [stopped]"
+        except TokenloomError as error:
+            err.print(f"[red]{error}[/]", highlight=False)
+            history.pop()
+            continue
+        print()
+        history.append({"role": "assistant", "content": answer})
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from standard input.")],
+    model: Model = None,
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = 0.0,
+    seed: Seed = None,
+    n: Annotated[int, typer.Option(help="How many answers.")] = 1,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object per answer.")] = False,
+    dtype: Dtype = None,
+    device: Device = None,
+    backend: Backend = None,
+    threads: Threads = None,
+    config: Config = None,
+    set_: Set = None,
+) -> None:
+    """Continue a prompt and print the text."""
+    from tokenloom.engine.sampling_params import SamplingParams
+
+    text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
+    llm = _llm(_model_flags(model, dtype, device, backend, threads), config, set_)
+    params = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed, n=n)
+    if n == 1 and not json_:
+        for delta in llm.stream(text, params):
+            print(delta.text, end="", flush=True)
+        print()
+        return
+    for choice in llm.generate(text, params)[0].completions:
+        fields = {"text": choice.text, "tokens": len(choice.token_ids), "finish_reason": choice.finish_reason}
+        print(json.dumps(fields, ensure_ascii=False) if json_ else f"[{choice.index}] {choice.text}")
+
+
+@models_app.command("list")
+def list_models() -> None:
+    """List the catalog, and which of it is on this machine."""
+    from tokenloom.models.catalog import entries
+
+    table = Table("name", "title", "licence", "size", "pulled")
+    for entry in entries():
+        size = f"{entry.size_bytes / 1e6:.0f} MB"
+        table.add_row(entry.name, entry.title, entry.license, size, "yes" if entry.is_pulled() else "no")
+    out.print(table)
+
+
+@models_app.command("pull")
+def pull_model(
+    name: Annotated[str, typer.Argument(help="Catalog name or owner/name on the hub.")] = "",
+) -> None:
+    """Fetch a model into the cache; the default one if no name is given."""
+    from tokenloom.models.catalog import DEFAULT_MODEL, pull
+
+    print(pull(name or DEFAULT_MODEL))
+
+
+@models_app.command("show")
+def show_model(name: Annotated[str, typer.Argument(help="Catalog name, folder or .gguf file.")]) -> None:
+    """Show a model's shape, size and context without loading its weights."""
+    from tokenloom.models.loader import describe, open_model
+
+    table = Table("field", "value", show_header=False)
+    for field, value in describe(open_model(name)).items():
+        table.add_row(field, str(value))
+    out.print(table)
+
+
+@app.command()
+def bench(
+    model: Model = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Length of the prompts.")] = 512,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to decode per stream.")] = 64,
+    streams: Annotated[list[int] | None, typer.Option(help="Concurrent streams; may be repeated.")] = None,
+    repeats: Annotated[int, typer.Option(help="Runs of each measurement; the median is reported.")] = 3,
+    profile: Annotated[bool, typer.Option(help="Split an iteration into its phases.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    dtype: Dtype = None,
+    device: Device = None,
+    backend: Backend = None,
+    threads: Threads = None,
+    config: Config = None,
+    set_: Set = None,
+) -> None:
+    """Measure prefill, decode and concurrent streams on this machine."""
+    from tokenloom.bench.throughput import measure, report
+
+    llm = _llm(_model_flags(model, dtype, device, backend, threads), config, set_)
+    results = measure(llm, prompt_tokens, new_tokens, streams or [1, 4, 16], repeats, profile)
+    if json_:
+        print(json.dumps(results, indent=2))
+    else:
+        report(results, out)
+
+
+def _model_flags(
+    model: str | None, dtype: str | None, device: str | None, backend: str | None, threads: int | None
+) -> dict[str, Any]:
+    return {
+        "model.name": model,
+        "model.dtype": dtype,
+        "model.device": device,
+        "model.backend": backend,
+        "model.threads": threads,
+    }
+
+
+def _settings(flags: dict[str, Any], config: Path | None, extra: list[str] | None) -> Settings:
+    for item in extra or []:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"{item!r} is not KEY=VALUE", param_hint="--set")
+        try:
+            flags[key] = json.loads(value)
+        except json.JSONDecodeError:
+            flags[key] = value
+    return load_settings(flags, config)
+
+
+def _fetch(name: str) -> None:
+    """Pull a catalog model that is not on this machine yet."""
+    from tokenloom.models.catalog import entries, pull
+
+    if any(entry.name == name and not entry.is_pulled() for entry in entries()):
+        pull(name)
+
+
+def _llm(flags: dict[str, Any], config: Path | None, extra: list[str] | None) -> LLM:
+    from tokenloom.llm import LLM
+
+    settings = _settings(flags, config, extra)
+    _fetch(settings.model.name)
+    with err.status(f"loading {settings.model.name}"):
+        return LLM.from_settings(settings)
