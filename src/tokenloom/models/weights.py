@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from pathlib import Path
 from typing import Any, Protocol
@@ -228,8 +227,3 @@ def _hf_name(name: str, path: Path) -> str:
     layer, module, kind = match.groups()
     prefix = "" if layer is None else f"model.layers.{layer}."
     return f"{prefix}{_HF_NAMES[module]}.{kind}"
-
-
-def num_parameters(source: WeightSource) -> int:
-    """How many numbers the source's tensors hold together."""
-    return sum(math.prod(source.shape(name)) for name in source.names())
