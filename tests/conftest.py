@@ -1,0 +1,22 @@
+"""Shared fixtures. The tests folder is importable, so that tests can use `tiny_models`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def default_model() -> Path:
+    """The default model's file, which `tokenloom models pull` (or `make test`) fetches."""
+    from tokenloom.errors import ModelError
+    from tokenloom.models.catalog import DEFAULT_MODEL, resolve
+
+    try:
+        return resolve(DEFAULT_MODEL)
+    except ModelError as error:
+        pytest.skip(str(error))
