@@ -1,7 +1,7 @@
 """Tiny random models that are complete: configuration, weights, tokenizer and chat template.
 
-`build_tiny` writes a folder as transformers would; `write_gguf` writes the same weights as llama.cpp's converter
-would. The vocabulary is byte-level BPE: 256 bytes, a few merges, three special tokens.
+`build_tiny` writes a folder as transformers would; `write_gguf` writes the same weights as llama.cpp's
+converter would. The vocabulary is byte-level BPE: 256 bytes, a few merges, three special tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +22,26 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 BOS_ID, EOS_ID = 257, 258
-MERGES = ["Ġ t", "Ġ a", "h e", "i n", "r e", "o n", "Ġt he", "e r", "Ġ s", "a t", "Ġ w", "Ġ o", "e n", "Ġ c", "i t", "i s", "a n", "o r", "e s", "Ġ b", "e d", "Ġ f", "in g", "Ġ p", "o u", "Ġa n", "a l", "a r", "Ġt o"]
+MERGES = [
+    *(
+        "Ġ t",
+        "Ġ a",
+        "h e",
+        "i n",
+        "r e",
+        "o n",
+        "Ġt he",
+        "e r",
+        "Ġ s",
+        "a t",
+        "Ġ w",
+        "Ġ o",
+        "e n",
+        "Ġ c",
+        "i t",
+    ),
+    *("i s", "a n", "o r", "e s", "Ġ b", "e d", "Ġ f", "in g", "Ġ p", "o u", "Ġa n", "a l", "a r", "Ġt o"),
+]
 VOCAB_SIZE = 256 + len(SPECIAL_TOKENS) + len(MERGES)  # 288, a multiple of the quantisation block
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
@@ -88,10 +107,10 @@ def build_tiny(
     max_shard_size: str = "1GB",
     **overrides: Any,
 ) -> tuple[Path, Any]:
-    """Write a complete random model under `tmp_path`; returns its folder and the transformers model, in eval mode.
+    """Write a complete random model under `tmp_path`; returns its folder and the transformers model.
 
-    Matrices and biases are normal with deviation 0.2, norms are 1 plus that, so that logits are not flat and no
-    parameter can be left out unnoticed. `max_shard_size` (e.g. "50KB") splits the weights into shards.
+    Matrices and biases are normal with deviation 0.2, norms are 1 plus that, so that logits are not flat and
+    no parameter can be left out unnoticed. `max_shard_size` (e.g. "50KB") splits the weights into shards.
     """
     config = tiny_config(architecture, **overrides)
     model = transformers.AutoModelForCausalLM.from_config(
@@ -149,7 +168,7 @@ def permute_rows(weight: np.ndarray, num_heads: int) -> np.ndarray:
 
 
 def write_gguf(path: Path, model: Any, quantization: str = "F32") -> Path:
-    """Write a tiny transformers model as GGUF, its matrices in `quantization`; mistral is written as llama."""
+    """Write a tiny transformers model as GGUF, matrices in `quantization`; mistral becomes llama."""
     config = model.config
     architecture = "llama" if config.model_type == "mistral" else config.model_type
     writer = gguf.GGUFWriter(path, architecture)
