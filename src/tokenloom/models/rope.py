@@ -93,7 +93,8 @@ def _dynamic(config: RopeConfig, head_dim: int, exponents: Tensor, positions: Te
     """NTK-aware scaling: the base grows with the sequence, so that the longest wave still covers it."""
     lengths = (positions + 1).clamp(min=config.original_max_position)
     growth = (config.factor * lengths / config.original_max_position) - (config.factor - 1)
-    bases = config.theta * growth ** (head_dim / (head_dim - 2))
+    # transformers holds one length, a scalar, whose power PyTorch takes in float64.
+    bases = config.theta * (growth.double() ** (head_dim / (head_dim - 2))).float()
     return 1.0 / (bases[:, None] ** exponents)
 
 
