@@ -1,0 +1,1 @@
+"""Token-level finetuning: datasets, jobs and their durable store, windows, backward, optimizer."""
