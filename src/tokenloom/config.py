@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import platformdirs
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
@@ -85,9 +85,15 @@ class ServerSettings(_Branch):
 
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
-    api_keys: list[SecretStr] = Field(default_factory=list, description="Empty: no key is asked for.")
+    api_keys: list[Annotated[SecretStr, Field(min_length=1)]] = Field(
+        default_factory=list, description="Empty: no key is asked for."
+    )
     served_model_name: str = Field("", description="Name in /v1/models; empty: the model's own.")
     cors_origins: list[str] = Field(default_factory=list, description="Empty: no cross-origin access.")
+    allowed_hosts: list[str] = Field(
+        default_factory=list,
+        description="On loopback, Host names taken besides localhost, 127.0.0.1 and [::1].",
+    )
     drain_timeout_s: float = Field(
         30.0, ge=0.0, description="On SIGTERM, how long running requests may go on."
     )

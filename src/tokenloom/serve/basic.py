@@ -1,0 +1,148 @@
+"""Models, embeddings, tokens, health: the small routes."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import struct
+import time
+import uuid
+
+from fastapi import APIRouter, Request
+
+from tokenloom.engine.async_engine import AsyncEngine
+from tokenloom.errors import RequestError
+from tokenloom.serve.chat import render
+from tokenloom.serve.chat_protocol import TokenizeRequest
+from tokenloom.serve.completions import token_prompts
+from tokenloom.serve.errors import DRAIN_RETRY_AFTER_S, ERROR_RESPONSES, ApiError
+from tokenloom.serve.generation import check_model, encode, prompt_is, until_disconnect
+from tokenloom.serve.json_body import JSONRoute
+from tokenloom.serve.protocol import (
+    DetokenizeRequest,
+    DetokenizeResponse,
+    Embedding,
+    EmbeddingRequest,
+    EmbeddingResponse,
+    EmbeddingUsage,
+    ModelCard,
+    ModelList,
+    Status,
+    TokenizeResponse,
+    Version,
+)
+from tokenloom.version import __version__
+
+
+def models_router(engine: AsyncEngine) -> APIRouter:
+    """GET /v1/models and /v1/models/{id}."""
+    router = APIRouter(prefix="/v1", tags=["models"], responses=ERROR_RESPONSES)
+    card = ModelCard(id=engine.model_name, created=int(time.time()), max_model_len=engine.max_model_len)
+
+    @router.get("/models")
+    async def list_models() -> ModelList:
+        """The models that requests can name."""
+        return ModelList(data=[card])
+
+    @router.get("/models/{model_id:path}")
+    async def get_model(model_id: str) -> ModelCard:
+        """One of them."""
+        check_model(model_id, engine)
+        return card
+
+    return router
+
+
+def embeddings_router(engine: AsyncEngine) -> APIRouter:
+    """POST /v1/embeddings."""
+    router = APIRouter(prefix="/v1", tags=["embeddings"], responses=ERROR_RESPONSES, route_class=JSONRoute)
+
+    @router.post("/embeddings")
+    async def embeddings(body: EmbeddingRequest, request: Request) -> EmbeddingResponse:
+        """The mean of each text's last hidden states, `[hidden_size]`, not normalised."""
+        check_model(body.model, engine)
+        prompts = await token_prompts(engine, body.input, "input")
+        with prompt_is("input"):
+            vectors = await until_disconnect(request.receive, _embed_all(engine, prompts))
+        total = sum(len(prompt) for prompt in prompts)
+        return EmbeddingResponse(
+            data=[
+                Embedding(index=i, embedding=_base64(v) if body.encoding_format == "base64" else v)
+                for i, v in enumerate(vectors)
+            ],
+            model=body.model,
+            usage=EmbeddingUsage(prompt_tokens=total, total_tokens=total),
+        )
+
+    return router
+
+
+async def _embed_all(engine: AsyncEngine, prompts: list[list[int]]) -> list[list[float]]:
+    """All vectors, or the first failure: then the rest is aborted, as it is when this is cancelled."""
+    tasks = [asyncio.ensure_future(engine.embed(p, request_id=uuid.uuid4().hex)) for p in prompts]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _base64(vector: list[float]) -> str:
+    """Little-endian float32, as OpenAI's client decodes it."""
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+
+
+def tokens_router(engine: AsyncEngine) -> APIRouter:
+    """POST /tokenize and /detokenize."""
+    router = APIRouter(tags=["tokens"], responses=ERROR_RESPONSES, route_class=JSONRoute)
+
+    @router.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> TokenizeResponse:
+        """Token ids of a text, or of a conversation under the model's chat template."""
+        check_model(body.model, engine)
+        if body.messages is not None:
+            tokens = await render(engine, body.messages, None, body.add_generation_prompt)
+        else:
+            with prompt_is("prompt"):
+                tokens = await encode(engine, body.prompt or "", special=body.add_special_tokens)
+        return TokenizeResponse(tokens=tokens, count=len(tokens), max_model_len=engine.max_model_len)
+
+    @router.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> DetokenizeResponse:
+        """Text of token ids, special tokens included."""
+        check_model(body.model, engine)
+        try:
+            text = await asyncio.to_thread(engine.tokenizer.decode, body.tokens, skip_special_tokens=False)
+        except RequestError as error:
+            raise RequestError(f"tokens: {error}", param="tokens") from error
+        return DetokenizeResponse(prompt=text)
+
+    return router
+
+
+def health_router(engine: AsyncEngine) -> APIRouter:
+    """GET /health, /ready and /version."""
+    router = APIRouter(tags=["health"], responses=ERROR_RESPONSES)
+
+    @router.get("/health")
+    async def health() -> Status:
+        """200 while the engine's loop runs, also while it drains."""
+        if not engine.alive:
+            raise ApiError(503, "the engine's loop does not run", code="engine_stopped")
+        return Status(status="ok")
+
+    @router.get("/ready")
+    async def ready() -> Status:
+        """200 while new requests are taken; 503 before the start and while draining."""
+        if not engine.ready:
+            wait = {"Retry-After": str(DRAIN_RETRY_AFTER_S)}
+            raise ApiError(503, "no new requests are taken", code="not_ready", headers=wait)
+        return Status(status="ready")
+
+    @router.get("/version")
+    async def version() -> Version:
+        """The version of this server."""
+        return Version(version=__version__)
+
+    return router

@@ -1,0 +1,111 @@
+"""Prometheus metrics, named in vLLM's manner behind `tokenloom:`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fastapi import APIRouter, Response
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
+from prometheus_client.registry import Collector
+
+from tokenloom.engine.async_engine import AsyncEngine
+from tokenloom.serve.errors import ERROR_RESPONSES
+
+_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+
+class Metrics:
+    """One registry per application. The engine's own numbers are read when Prometheus asks."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self.engine = engine
+        self.registry = CollectorRegistry()
+        self.registry.register(_EngineCollector(engine))
+        self._http = Counter(
+            "tokenloom:http_requests",
+            "HTTP answers by method, route and status.",
+            ("method", "route", "status"),
+            registry=self.registry,
+        )
+        self._finished = Counter(
+            "tokenloom:request_success",
+            "Finished requests by reason.",
+            ("model_name", "finished_reason"),
+            registry=self.registry,
+        )
+        self._ttft = self._seconds("time_to_first_token", "Arrival to first token.")
+        self._tpot = self._seconds("time_per_output_token", "Mean time per token after the first.")
+        self._e2e = self._seconds("e2e_request_latency", "Arrival to last token.")
+        self._queue = self._seconds("request_queue_time", "Arrival to first scheduling.")
+        self._prefill = self._seconds("request_prefill_time", "First scheduling to first token.")
+        self._decode = self._seconds("request_decode_time", "First token to last token.")
+
+    def _seconds(self, name: str, text: str) -> Histogram:
+        histogram = Histogram(
+            f"tokenloom:{name}_seconds", text, ("model_name",), registry=self.registry, buckets=_BUCKETS_S
+        )
+        return histogram.labels(self.engine.model_name)
+
+    def count_answer(self, method: str, route: str, status: int) -> None:
+        """Count one HTTP answer."""
+        self._http.labels(method, route, str(status)).inc()
+
+    def scrape(self) -> bytes:
+        """The exposition text; first takes in the requests that finished since the last scrape."""
+        for timing in self.engine.stats().pop_finished():
+            self._finished.labels(self.engine.model_name, timing.finish_reason).inc()
+            for histogram, value in (
+                (self._ttft, timing.ttft_s),
+                (self._tpot, timing.tpot_s),
+                (self._e2e, timing.e2e_s),
+                (self._queue, timing.queued_s),
+                (self._prefill, timing.prefill_s),
+                (self._decode, timing.decode_s),
+            ):
+                if value is not None:
+                    histogram.observe(value)
+        return generate_latest(self.registry)
+
+
+class _EngineCollector(Collector):
+    def __init__(self, engine: AsyncEngine) -> None:
+        self.engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        stats, model = self.engine.stats(), [self.engine.model_name]
+        gauges = (
+            ("num_requests_running", "Sequences that hold KV.", stats.running),
+            ("num_requests_waiting", "Sequences in the queue.", stats.waiting),
+            ("kv_cache_usage_perc", "Share of the KV pool in use, 0 to 1.", stats.kv_usage),
+        )
+        counters = (
+            ("prefix_cache_queries", "Prompt tokens looked up for reuse.", stats.prefix_queries_tokens),
+            ("prefix_cache_hits", "Prompt tokens found there.", stats.prefix_hits_tokens),
+            ("num_preemptions", "Sequences sent back to the queue.", stats.preemptions),
+            ("prompt_tokens", "Prompt tokens of admitted requests.", stats.prompt_tokens),
+            ("generation_tokens", "Tokens generated.", stats.generation_tokens),
+        )
+        for name, text, value in gauges:
+            gauge = GaugeMetricFamily(f"tokenloom:{name}", text, labels=["model_name"])
+            gauge.add_metric(model, value)
+            yield gauge
+        for name, text, value in counters:
+            counter = CounterMetricFamily(f"tokenloom:{name}", text, labels=["model_name"])
+            counter.add_metric(model, value)
+            yield counter
+        rows = SummaryMetricFamily("tokenloom:iteration_tokens", "Rows per iteration.", labels=["model_name"])
+        rows.add_metric(model, count_value=stats.iterations, sum_value=stats.batch_tokens)
+        yield rows
+
+
+def metrics_router(metrics: Metrics) -> APIRouter:
+    """GET /metrics."""
+    router = APIRouter(tags=["metrics"], responses=ERROR_RESPONSES)
+
+    @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+    async def scrape() -> Response:
+        """Everything, in Prometheus's text format."""
+        return Response(metrics.scrape(), media_type=CONTENT_TYPE_LATEST)
+
+    return router

@@ -1,0 +1,134 @@
+"""What stands before the routes, in this order: Host check, API keys, concurrency, body size."""
+
+from __future__ import annotations
+
+import hmac
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tokenloom.config import Settings
+from tokenloom.serve.errors import ApiError
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+OPEN_PATHS = ("/health", "/ready")
+UNCOUNTED_PATHS = (*OPEN_PATHS, "/metrics")
+
+
+class HostCheck:
+    """On loopback, refuses foreign Host names: a web page must not reach us by rebinding its DNS name."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self.app = app
+        server = settings.server
+        self.hosts = {name.lower() for name in (*LOOPBACK, server.host, *server.allowed_hosts)}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan":
+            name = _host_name(Headers(scope=scope).get("host", ""))
+            if name not in self.hosts:
+                error = ApiError(403, f"host: {name!r} is not a name of this server", code="host_not_allowed")
+                return await refuse(error, scope, receive, send)
+        await self.app(scope, receive, send)
+
+
+class KeyCheck:
+    """Every route but `OPEN_PATHS` needs one of the keys, whether or not the route exists."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self.app = app
+        self.keys = [key.get_secret_value().encode() for key in settings.server.api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_open = scope["type"] == "lifespan" or (scope["type"] == "http" and scope["path"] in OPEN_PATHS)
+        if not is_open:
+            scheme, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
+            if scheme.lower() != "bearer" or not self._known(token.strip().encode("latin-1")):
+                problem = "is not valid" if token else "is missing; send Authorization: Bearer KEY"
+                error = ApiError(
+                    401,
+                    f"the API key {problem}",
+                    code="invalid_api_key",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )
+                return await refuse(error, scope, receive, send)
+        await self.app(scope, receive, send)
+
+    def _known(self, token: bytes) -> bool:
+        # All keys are compared, each in constant time, so that the time tells nothing about them.
+        return any([hmac.compare_digest(token, key) for key in self.keys])
+
+
+class ConcurrencyLimit:
+    """At most `limits.max_concurrent` requests at work; one more gets 429."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self.app = app
+        self.limit = settings.limits.max_concurrent
+        self.at_work = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan" or scope["path"] in UNCOUNTED_PATHS:
+            return await self.app(scope, receive, send)
+        if self.at_work >= self.limit:
+            error = ApiError(
+                429,
+                f"{self.limit} requests are at work, which is the most this server takes",
+                code="too_many_requests",
+                headers={"Retry-After": "1"},
+            )
+            return await refuse(error, scope, receive, send)
+        self.at_work += 1
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self.at_work -= 1
+
+
+class BodyLimit:
+    """Refuses bodies over `limits.max_body_bytes`: by Content-Length, or else while they come in."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self.app = app
+        self.limit = settings.limits.max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        length = Headers(scope=scope).get("content-length", "")
+        if length.isdecimal() and int(length) > self.limit:
+            return await refuse(self._too_large(), scope, receive, send)
+        received = 0
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self.limit:
+                raise self._too_large()
+            return message
+
+        await self.app(scope, counted, send)
+
+    def _too_large(self) -> ApiError:
+        # The rest of the body is not read, so the connection cannot serve another request.
+        return ApiError(
+            413,
+            f"the request body is over {self.limit} bytes",
+            code="request_too_large",
+            headers={"Connection": "close"},
+        )
+
+
+async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer without asking the application."""
+    if scope["type"] == "websocket":
+        return await send({"type": "websocket.close", "code": 1008})
+    await error.response()(scope, receive, send)
+
+
+def _host_name(header: str) -> str:
+    """The name in a Host header, without port and IPv6 brackets."""
+    if header.startswith("["):
+        return header[1:].partition("]")[0].lower()
+    return header.partition(":")[0].lower()
