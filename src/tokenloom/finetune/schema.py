@@ -1,0 +1,137 @@
+"""Tables of files and jobs, in SQL that SQLite and PostgreSQL both speak.
+
+Rows are listed in the order of `seq`, because many can be created within one second.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Column,
+    ForeignKey,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+
+SCHEMA_VERSION = 1
+
+metadata = MetaData()
+
+
+def _seq() -> Column[int]:
+    # SQLite counts up by itself only in a column of exactly the type INTEGER.
+    kind = BigInteger().with_variant(Integer(), "sqlite")
+    return Column("seq", kind, primary_key=True, autoincrement=True)
+
+
+def _id() -> Column[str]:
+    return Column("id", String(64), nullable=False, unique=True)
+
+
+def _job() -> Column[str]:
+    return Column("job_id", String(64), ForeignKey("jobs.id"), nullable=False, index=True)
+
+
+store = Table(
+    "store",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("schema_version", Integer, nullable=False),
+)
+"""One row: which store this is. The folder of files holds the same id, so that the two cannot be mixed up."""
+
+files = Table(
+    "files",
+    metadata,
+    _seq(),
+    _id(),
+    Column("filename", Text, nullable=False),
+    Column("purpose", String(32), nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("sha256", String(64), nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("expires_at", BigInteger),
+    # A deleted file keeps its row: listings that walk and delete go on after it.
+    Column("deleted_at", BigInteger),
+    sqlite_autoincrement=True,
+)
+
+jobs = Table(
+    "jobs",
+    metadata,
+    _seq(),
+    _id(),
+    Column("name", Text, nullable=False, unique=True),
+    Column("model", Text, nullable=False),
+    Column("suffix", String(64)),
+    Column("status", String(32), nullable=False, index=True),
+    Column("training_file", String(64), ForeignKey("files.id"), nullable=False),
+    Column("validation_file", String(64), ForeignKey("files.id")),
+    Column("requested", JSON, nullable=False),
+    Column("hyperparameters", JSON(none_as_null=True)),
+    Column("seed", BigInteger, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("finished_at", BigInteger),
+    Column("estimated_finish", BigInteger),
+    Column("trained_tokens", BigInteger),
+    Column("fine_tuned_model", Text),
+    Column("result_file", String(64), ForeignKey("files.id")),
+    Column("error_code", String(64)),
+    Column("error_message", Text),
+    Column("error_param", String(64)),
+    Column("adapter_path", Text),
+    sqlite_autoincrement=True,
+)
+
+job_metadata = Table(
+    "job_metadata",
+    metadata,
+    Column("job_id", String(64), ForeignKey("jobs.id"), primary_key=True),
+    Column("key", String(64), primary_key=True),
+    Column("value", String(512), nullable=False),
+)
+
+events = Table(
+    "events",
+    metadata,
+    _seq(),
+    _id(),
+    _job(),
+    Column("created_at", BigInteger, nullable=False),
+    Column("level", String(8), nullable=False),
+    Column("type", String(16), nullable=False),
+    Column("message", Text, nullable=False),
+    Column("step", BigInteger),
+    Column("data", JSON(none_as_null=True)),
+    UniqueConstraint("job_id", "step"),
+    sqlite_autoincrement=True,
+)
+
+checkpoints = Table(
+    "checkpoints",
+    metadata,
+    _seq(),
+    _id(),
+    _job(),
+    Column("created_at", BigInteger, nullable=False),
+    Column("step", BigInteger, nullable=False),
+    Column("name", Text, nullable=False, unique=True),
+    Column("metrics", JSON, nullable=False),
+    Column("path", Text, nullable=False),
+    UniqueConstraint("job_id", "step"),
+    sqlite_autoincrement=True,
+)
+
+idempotency_keys = Table(
+    "idempotency_keys",
+    metadata,
+    Column("scope", String(16), primary_key=True),
+    Column("key", String(255), primary_key=True),
+    Column("body_sha256", String(64), nullable=False),
+    Column("object_id", String(64), nullable=False),
+)
