@@ -51,13 +51,11 @@ class Rope:
         return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
 
     def _grow(self, rows: int) -> None:
-        # A table made under inference mode could not take part in a later training step.
-        with torch.inference_mode(False), torch.no_grad():
-            positions = torch.arange(len(self._cos), rows)
-            angles = positions[:, None].float() * _inverse_frequencies(self.config, self.head_dim, positions)
-            cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-            self._cos = torch.cat([self._cos, cos.to(self.device)])
-            self._sin = torch.cat([self._sin, sin.to(self.device)])
+        positions = torch.arange(len(self._cos), rows)
+        angles = positions[:, None].float() * _inverse_frequencies(self.config, self.head_dim, positions)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        self._cos = torch.cat([self._cos, cos.to(self.device)])
+        self._sin = torch.cat([self._sin, sin.to(self.device)])
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
