@@ -159,6 +159,8 @@ def test_split_files_are_refused(tmp_path: Path) -> None:
         ("llama.expert_count", 8, r"llama\.expert_count: mixture-of-experts"),
         ("llama.rope.dimension_count", 8, r"llama\.rope\.dimension_count: must equal the head width, 16"),
         ("llama.rope.scaling.type", "longrope", r"llama\.rope\.scaling\.type: 'longrope'"),
+        ("llama.rope.scaling.type", ["yarn"], r"llama\.rope\.scaling\.type: \['yarn'\]"),
+        ("llama.context_length", [["a"]], r"llama\.context_length: must be an integer"),
         ("llama.attention.layer_norm_rms_epsilon", 0.0, r"layer_norm_rms_epsilon: must be a positive"),
         ("llama.attention.head_count_kv", 3, r"llama\.attention\.head_count_kv: 3 does not divide"),
     ],

@@ -207,7 +207,9 @@ class _Keys:
 
     def count(self, key: str, default: int | None = None, *, minimum: int = 1) -> int:
         value = self._get(key, default)
-        if isinstance(value, list) and len(set(value)) == 1:  # GGUF allows one value per layer
+        if (
+            isinstance(value, list) and value and value.count(value[0]) == len(value)
+        ):  # GGUF allows one value per layer
             value = value[0]
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             self.fail(key, f"must be an integer of at least {minimum}, not {value!r}")
@@ -292,11 +294,11 @@ def _hf_windows(keys: _Keys, architecture: str, num_layers: int) -> tuple[int | 
 def _gguf_rope(keys: _Keys, prefix: str, max_position: int, reader: GGUFFile) -> RopeConfig:
     prefix += "rope."
     scaling = prefix + "scaling."
-    kinds: dict[Any, RopeKind] = {"none": "default", "linear": "linear", "yarn": "yarn"}
     stored = keys.values.get(scaling + "type", "none")
-    if stored not in kinds:
-        keys.fail(scaling + "type", f"{stored!r} is not supported; {', '.join(kinds)} are")
-    kind, original, options = kinds[stored], max_position, dict[str, Any]()
+    if stored not in ("none", "linear", "yarn"):
+        keys.fail(scaling + "type", f"{stored!r} is not supported; none, linear and yarn are")
+    kind: RopeKind = "default" if stored == "none" else stored
+    original, options = max_position, dict[str, Any]()
     if kind != "default":
         options["factor"] = keys.positive(scaling + "factor")
     if kind == "yarn":

@@ -21,6 +21,7 @@ from tokenloom.errors import ModelError
 _PREFIX = "tokenizer.ggml."
 # Token types of the GGUF specification.
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
+_SPECIAL_KEYS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -29,20 +30,26 @@ _LLAMA3_SPLIT = (
 _QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 
 
-def build_tokenizer(metadata: Mapping[str, Any], file: str) -> Tokenizer:
-    """The tokenizer that `tokenizer.ggml.*` describes, with its bos and eos tokens added on encoding.
+def build_tokenizer(metadata: Mapping[str, Any], file: str) -> tuple[Tokenizer, dict[str, str]]:
+    """The tokenizer that `tokenizer.ggml.*` describes, and its named special tokens ("bos_token", ...).
 
-    Raises ModelError naming `file` and the key that is missing or not supported.
+    Raises ModelError naming `file` and the key that is missing, malformed or not supported.
     """
-    return _Builder(metadata, file).build()
+    builder = _Builder(metadata, file)
+    special = {}
+    for name, key in _SPECIAL_KEYS.items():
+        index = builder.token_id(key)
+        if index is not None:
+            special[name] = builder.tokens[index]
+    return builder.build(), special
 
 
 class _Builder:
     def __init__(self, metadata: Mapping[str, Any], file: str) -> None:
         self.metadata = metadata
         self.file = file
-        self.tokens: list[str] = self._required("tokens")
-        self.types: list[int] = metadata.get(_PREFIX + "token_type", [])
+        self.tokens: list[str] = self._list("tokens", str)
+        self.types: list[int] = self._list("token_type", int) if _PREFIX + "token_type" in metadata else []
 
     def build(self) -> Tokenizer:
         kind = self._required("model")
@@ -66,6 +73,20 @@ class _Builder:
             self._fail(key, "is missing")
         return value
 
+    def _list(self, key: str, kind: type) -> list[Any]:
+        values = self._required(key)
+        if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+            self._fail(key, f"must be a list of {kind.__name__} values")
+        return values
+
+    def token_id(self, name: str) -> int | None:
+        """The id stored under `{name}_token_id`, which must be one of the tokens'."""
+        key = f"{name}_token_id"
+        index = self.metadata.get(_PREFIX + key)
+        if index is not None and (not isinstance(index, int) or not 0 <= index < len(self.tokens)):
+            self._fail(key, f"{index!r} is outside the {len(self.tokens)} tokens")
+        return index
+
     def _vocabulary(self) -> dict[str, int]:
         vocabulary = {token: index for index, token in enumerate(self.tokens)}
         if len(vocabulary) < len(self.tokens):
@@ -75,7 +96,7 @@ class _Builder:
     def _byte_level(self) -> tuple[Tokenizer, bool]:
         """GPT-2's byte-level BPE; `pre` names how text is cut before merging."""
         merges = []
-        for merge in self._required("merges"):
+        for merge in self._list("merges", str):
             left, _, right = merge.partition(" ")
             merges.append((left, right))
         pre = self.metadata.get(_PREFIX + "pre", "default")
@@ -106,12 +127,12 @@ class _Builder:
 
     def _sentencepiece(self) -> tuple[Tokenizer, bool]:
         """SentencePiece's BPE: the merges are the splits of the pieces, best score first."""
-        unknown = self.metadata.get(_PREFIX + "unknown_token_id", 0)
+        unknown = self.token_id("unknown") or 0
         vocabulary = self._vocabulary()
         model = models.BPE(
             vocab=vocabulary,
             merges=self._merges_from_scores(vocabulary),
-            unk_token=self.tokens[unknown] if unknown < len(self.tokens) else None,
+            unk_token=self.tokens[unknown] if self.tokens else None,
             fuse_unk=True,
             byte_fallback=True,
         )
@@ -126,7 +147,7 @@ class _Builder:
         return tokenizer, True
 
     def _merges_from_scores(self, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
-        scores = self._required("scores")
+        scores = self._list("scores", float)
         if len(scores) != len(self.tokens):
             self._fail("scores", f"has {len(scores)} entries for {len(self.tokens)} tokens")
         ranked = sorted(vocabulary.items(), key=lambda item: (-scores[item[1]], item[1]))
@@ -145,9 +166,7 @@ class _Builder:
     def _add_ends(self, tokenizer: Tokenizer, adds_bos: bool) -> None:
         ends = {}
         for name, default in (("bos", adds_bos), ("eos", False)):
-            index = self.metadata.get(f"{_PREFIX}{name}_token_id")
-            if index is not None and index >= len(self.tokens):
-                self._fail(f"{name}_token_id", f"{index} is outside the {len(self.tokens)} tokens")
+            index = self.token_id(name)
             if index is not None and self.metadata.get(f"{_PREFIX}add_{name}_token", default):
                 ends[name] = (self.tokens[index], index)
         if ends:

@@ -83,15 +83,7 @@ class Tokenizer:
     def from_gguf(cls, reader: GGUFMetadata) -> Tokenizer:
         """Build the tokenizer of a GGUF file. Raises ModelError naming the file and the key at fault."""
         metadata, file = reader.metadata, str(reader.path)
-        backend = build_tokenizer(metadata, file)
-        keys = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-        special = {}
-        for name, key in keys.items():
-            token = backend.id_to_token(
-                metadata.get(f"tokenizer.ggml.{key}_token_id", len(backend.get_vocab()))
-            )
-            if token is not None:
-                special[name] = token
+        backend, special = build_tokenizer(metadata, file)
         prefix = "tokenizer.chat_template"
         templates = {
             key.removeprefix(prefix).removeprefix(".") or "default": source
@@ -255,7 +247,8 @@ def _folder_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]
     inline = config.get("chat_template")
     templates = {"default": inline} if isinstance(inline, str) else {}
     if isinstance(inline, list):
-        templates = {entry["name"]: entry["template"] for entry in inline}
+        entries = [entry for entry in inline if isinstance(entry, dict)]
+        templates = {str(entry.get("name")): str(entry.get("template")) for entry in entries}
     if (folder / "chat_template.jinja").is_file():
         templates["default"] = (folder / "chat_template.jinja").read_text("utf-8")
     return templates
