@@ -8,7 +8,7 @@ import struct
 import time
 import uuid
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 
 from tokenloom.engine.async_engine import AsyncEngine
 from tokenloom.errors import RequestError
@@ -17,7 +17,7 @@ from tokenloom.serve.chat_protocol import TokenizeRequest
 from tokenloom.serve.completions import token_prompts
 from tokenloom.serve.errors import DRAIN_RETRY_AFTER_S, ERROR_RESPONSES, ApiError
 from tokenloom.serve.generation import check_model, encode, prompt_is, until_disconnect
-from tokenloom.serve.json_body import JSONRoute
+from tokenloom.serve.json_body import JSONRoute, write_json
 from tokenloom.serve.protocol import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -57,21 +57,25 @@ def embeddings_router(engine: AsyncEngine) -> APIRouter:
     """POST /v1/embeddings."""
     router = APIRouter(prefix="/v1", tags=["embeddings"], responses=ERROR_RESPONSES, route_class=JSONRoute)
 
-    @router.post("/embeddings")
-    async def embeddings(body: EmbeddingRequest, request: Request) -> EmbeddingResponse:
+    @router.post("/embeddings", response_model=EmbeddingResponse)
+    async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
         """The mean of each text's last hidden states, `[hidden_size]`, not normalised."""
         check_model(body.model, engine)
         prompts = await token_prompts(engine, body.input, "input")
         with prompt_is("input"):
             vectors = await until_disconnect(request.receive, _embed_all(engine, prompts))
         total = sum(len(prompt) for prompt in prompts)
-        return EmbeddingResponse(
-            data=[
-                Embedding(index=i, embedding=_base64(v) if body.encoding_format == "base64" else v)
-                for i, v in enumerate(vectors)
-            ],
-            model=body.model,
-            usage=EmbeddingUsage(prompt_tokens=total, total_tokens=total),
+        encode_vector = _base64 if body.encoding_format == "base64" else list[float]
+        return await write_json(
+            lambda: EmbeddingResponse(
+                object="list",
+                data=[
+                    Embedding(object="embedding", index=i, embedding=encode_vector(vector))
+                    for i, vector in enumerate(vectors)
+                ],
+                model=body.model,
+                usage=EmbeddingUsage(prompt_tokens=total, total_tokens=total),
+            )
         )
 
     return router

@@ -9,10 +9,9 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 
 from tokenloom.engine.async_engine import AsyncEngine
-from tokenloom.engine.outputs import Completion, FinishReason
+from tokenloom.engine.outputs import Completion, FinishReason, RequestOutput
 from tokenloom.errors import RequestError
 from tokenloom.serve.chat_protocol import (
     ChatChoice,
@@ -35,8 +34,9 @@ from tokenloom.serve.generation import (
     sampling_params,
     until_disconnect,
 )
-from tokenloom.serve.json_body import JSONRoute
+from tokenloom.serve.json_body import JSONRoute, write_json
 from tokenloom.serve.logprobs import chat_logprobs, prompt_logprobs
+from tokenloom.serve.protocol import Usage
 from tokenloom.serve.streaming import EventStream, documented, primed
 
 
@@ -65,17 +65,7 @@ def chat_router(engine: AsyncEngine) -> APIRouter:
             [answer] = await until_disconnect(request.receive, generation.finish())
         finally:
             await generation.aclose()
-        extra: dict[str, Any] = {}
-        if answer.prompt_logprobs is not None:
-            extra["prompt_logprobs"] = prompt_logprobs(answer.prompt_logprobs, engine.tokenizer)
-        response = ChatResponse(
-            **head,
-            object="chat.completion",
-            choices=[_choice(completion, engine) for completion in answer.completions],
-            usage=generation.usage(),
-            **extra,
-        )
-        return JSONResponse(response.model_dump(exclude_unset=True))
+        return await write_json(lambda: _whole(engine, answer, generation.usage(), head))
 
     return router
 
@@ -111,6 +101,14 @@ async def render(
     )
     with prompt_is("messages"):
         return await encode(engine, text, special=False)
+
+
+def _whole(engine: AsyncEngine, answer: RequestOutput, usage: Usage, head: dict[str, Any]) -> ChatResponse:
+    extra: dict[str, Any] = {}
+    if answer.prompt_logprobs is not None:
+        extra["prompt_logprobs"] = prompt_logprobs(answer.prompt_logprobs, engine.tokenizer)
+    choices = [_choice(completion, engine) for completion in answer.completions]
+    return ChatResponse(**head, object="chat.completion", choices=choices, usage=usage, **extra)
 
 
 def _choice(completion: Completion, engine: AsyncEngine) -> ChatChoice:

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 
 from tokenloom.engine.async_engine import AsyncEngine
 from tokenloom.engine.outputs import Completion, Delta
@@ -29,7 +28,7 @@ from tokenloom.serve.generation import (
     sampling_params,
     until_disconnect,
 )
-from tokenloom.serve.json_body import JSONRoute
+from tokenloom.serve.json_body import JSONRoute, write_json
 from tokenloom.serve.logprobs import CompletionLogprobsWriter, joined, prompt_logprobs
 from tokenloom.serve.streaming import EventStream, documented, primed
 
@@ -68,7 +67,7 @@ def completions_router(engine: AsyncEngine) -> APIRouter:
             await until_disconnect(request.receive, generation.finish())
         finally:
             await generation.aclose()
-        return JSONResponse(answer.whole().model_dump(exclude_unset=True))
+        return await write_json(answer.whole)
 
     return router
 

@@ -1,4 +1,4 @@
-"""Request bodies: strict JSON, parsed before FastAPI sees it."""
+"""JSON in and out: strict parsing before FastAPI sees a body, and writing answers off the event loop."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
 from pydantic_core import from_json
 
 from tokenloom.serve.errors import ApiError
@@ -46,6 +47,18 @@ def _explain(problem: str, body: bytes) -> str:
     elif b"NaN" in body or b"Infinity" in body:
         what += " (JSON has no NaN and no Infinity)"
     return f"{what} at {where}"
+
+
+async def write_json(build: Callable[[], BaseModel]) -> Response:
+    """The answer that `build` makes, without the fields it did not set.
+
+    Log-probabilities of long prompts are much to write, so it is done in a thread: streams go on meanwhile.
+    """
+
+    def write() -> str:
+        return build().model_dump_json(exclude_unset=True)
+
+    return Response(await asyncio.to_thread(write), media_type="application/json")
 
 
 class _ParsedRequest(Request):

@@ -1,0 +1,59 @@
+"""Servers for the tests: over a fake engine (one for all tests, or a fresh one), and over a tiny model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fake_engine import FakeEngine
+from running import Running, settings
+from tiny_models import build_tiny
+
+
+@pytest.fixture(scope="session")
+def shared() -> Iterator[Running]:
+    """A server over a fake engine with default settings. Tests leave it as they found it."""
+    running = Running(FakeEngine(settings()))
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Running]]:
+    """Start a server over a fresh fake engine: `serve(step_s=0.1, limits__max_n=2)`."""
+    started: list[Running] = []
+
+    def start(*, step_s: float = 0.0, routers: Any = (), engine: Any = None, **flags: Any) -> Running:
+        engine = engine or FakeEngine(settings(**flags), step_s=step_s)
+        started.append(Running(engine, routers))
+        return started[-1]
+
+    yield start
+    for running in started:
+        running.stop()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny(tmp_path_factory.mktemp("tiny"))[0]
+
+
+@pytest.fixture(scope="session")
+def real(tiny_folder: Path) -> Iterator[Running]:
+    """A server over the real engine and a tiny random model, on the reference backend."""
+    from tokenloom.engine.async_engine import AsyncEngine
+    from tokenloom.engine.engine import Engine
+
+    chosen = settings(
+        model__name=str(tiny_folder),
+        model__dtype="float64",
+        model__backend="reference",
+        cache__kv_bytes=2**23,
+        server__served_model_name="tiny",
+    )
+    running = Running(AsyncEngine(Engine(chosen)))
+    yield running
+    running.stop()
