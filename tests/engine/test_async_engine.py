@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import build_tiny
 
+from tiny_models import build_tiny
 from tokenloom.config import load_settings
 from tokenloom.engine.async_engine import AsyncEngine
 from tokenloom.engine.engine import Engine

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_models import build_tiny
 
+from tiny_models import build_tiny
 from tokenloom.config import load_settings
 from tokenloom.engine.engine import Engine
 from tokenloom.engine.outputs import Completion, RequestOutput, collect

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import build_tiny, write_gguf
 from torch import Tensor
 
+from tiny_models import build_tiny, write_gguf
 from tokenloom.batch import BatchBuilder, SegmentKind
 from tokenloom.cache.kv_cache import KVCache
 from tokenloom.errors import ModelError

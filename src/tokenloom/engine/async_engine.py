@@ -9,6 +9,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 
 from tokenloom.config import Settings
 from tokenloom.engine.engine import Engine
@@ -48,15 +49,16 @@ class Stream(AsyncIterator[StepOutput]):
 
     async def aclose(self) -> None:
         """Abort the request unless it has finished; the engine drops it before its next iteration."""
-        self._close()
+        self.close()
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """`aclose`, from code that cannot wait."""
         if not self._done:
             self._done = True
             self._abort(self.request_id)
 
     def __del__(self) -> None:
-        self._close()
+        self.close()
 
 
 class AsyncEngine:
@@ -110,7 +112,7 @@ class AsyncEngine:
         while self._streams and self.alive and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.02)
         for request_id in list(self._streams):
-            self._send(lambda request_id=request_id: self.engine.abort(request_id))
+            self._send(partial(self.engine.abort, request_id))
 
     def shutdown(self) -> None:
         """Stop the loop and wait for it; requests that still run are aborted."""
@@ -167,7 +169,7 @@ class AsyncEngine:
         self._streams[request.request_id] = stream
         with self._wake:
             self._num_queued += 1
-        self._send(lambda: self._take(request))
+        self._send(partial(self._take, request))
         return stream
 
     def stats(self) -> EngineStats:
@@ -177,7 +179,7 @@ class AsyncEngine:
 
     def _abort(self, request_id: str) -> None:
         self._streams.pop(request_id, None)
-        self._send(lambda: self.engine.abort(request_id))
+        self._send(partial(self.engine.abort, request_id))
 
     def _send(self, command: Callable[[], StepOutput | None]) -> None:
         self._inbox.append(command)
@@ -206,8 +208,8 @@ class AsyncEngine:
             logger.exception("the engine loop stopped")
         finally:
             self._obey()
-            outputs = [self.engine.fail(i, "abort", "the engine stopped") for i in list(self.engine.requests)]
-            self._deliver([output for output in outputs if output is not None])
+            ended = [self.engine.fail(i, "abort", "the engine stopped") for i in list(self.engine.requests)]
+            self._deliver([output for output in ended if output is not None])
 
     def _obey(self) -> list[StepOutput]:
         outputs = []

@@ -22,6 +22,7 @@ from tokenloom.errors import ModelError, RequestError
 from tokenloom.kernels import get_kernels
 from tokenloom.models.decoder import Decoder
 from tokenloom.models.loader import ModelFiles, open_model
+from tokenloom.text.detokenizer import Detokenizer
 
 # Prompt log-probabilities need the logits of every prompt row; this many rows of them exist at a time.
 _PROMPT_LOGITS_ROWS = 128
@@ -382,7 +383,7 @@ class Engine:
         stats.preemptions = scheduler.num_preemptions
         return stats
 
-    def _detokenizer(self, request: Request):  # type: ignore[no-untyped-def]
+    def _detokenizer(self, request: Request) -> Detokenizer:
         return self.tokenizer.detokenizer(request.params.skip_special_tokens)
 
 
