@@ -38,7 +38,7 @@ class FileStore:
         """
         self._database = database
         self._folder = folder
-        self._max_file_bytes = max_file_bytes
+        self.max_file_bytes = max_file_bytes
         self._quota_bytes = quota_bytes
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -53,7 +53,7 @@ class FileStore:
                 room = self._quota_bytes - self._used(connection)
             if room <= 0:
                 raise StorageFullError("the quota for files is used up; delete some files first")
-        return Blob(self._folder, max_bytes=self._max_file_bytes, room_bytes=room)
+        return Blob(self._folder, max_bytes=self.max_file_bytes, room_bytes=room)
 
     def add(
         self,

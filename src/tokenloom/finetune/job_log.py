@@ -109,9 +109,10 @@ class JobLog:
         )
 
 
-def job_row(connection: Connection, job_id: str) -> Row[Any]:
-    """Raises NotFoundError."""
+def job_row(connection: Connection, job_id: str, *, lock: bool = False) -> Row[Any]:
+    """A job's row; `lock` keeps it as it is until the transaction ends. Raises NotFoundError."""
     query = select(jobs).where(jobs.c.id == job_id)
+    query = query.with_for_update() if lock else query
     row = connection.execute(query).one_or_none() if is_id(job_id) else None
     if row is None:
         raise NotFoundError("fine-tuning job", job_id)

@@ -135,16 +135,28 @@ class JobStore:
             return None if row is None else self._records(connection, [row])[0]
 
     def move(
-        self, job_id: str, target: Status, message: str, *, level: Level = "info", **values: Any
+        self,
+        job_id: str,
+        target: Status,
+        message: str,
+        *,
+        source: Status | None = None,
+        level: Level = "info",
+        **values: Any,
     ) -> JobRecord:
         """Take a job to another state, with the event that says so, or leave everything as it is.
 
         Args:
+            source: the only state it may come from; None allows all legal ones.
             values: further columns to set with it.
 
         Raises NotFoundError, or IllegalTransitionError naming both states.
         """
         with self._database.write() as connection:
+            if source is not None:
+                status = job_row(connection, job_id, lock=True).status
+                if status != source:
+                    raise IllegalTransitionError(job_id, status, target)
             return self._move(connection, job_id, target, message, level, values)
 
     def _move(

@@ -71,12 +71,12 @@ class JobReporter:
 
     def paused(self) -> None:
         """The run has stopped and can go on from its checkpoint."""
-        try:
-            # Nobody paused the job: the server is stopping, and takes it up again when it is back.
-            self._store.jobs.move(self._job.id, "queued", "The run stopped and waits to go on")
-        except IllegalTransitionError as error:
-            if error.current == "running":
-                raise
+        with contextlib.suppress(
+            IllegalTransitionError
+        ):  # it was paused, or even resumed since, or cancelled
+            # Nobody paused it: the server is stopping, and takes it up again when it is back.
+            message = "The run stopped and waits to go on"
+            self._store.jobs.move(self._job.id, "queued", message, source="running")
         self._ended()
 
     def cancelled(self) -> None:

@@ -15,7 +15,7 @@ from tokenloom.finetune.chat_spans import ChatTokenizer
 from tokenloom.finetune.data import validate
 from tokenloom.finetune.errors import IllegalTransitionError, NotFoundError
 from tokenloom.finetune.hyperparameters import resolve_hyperparameters
-from tokenloom.finetune.job_request import parse_job
+from tokenloom.finetune.job_request import CreateJob
 from tokenloom.finetune.records import TERMINAL, FileRecord, JobError, JobRecord, TunedModel
 from tokenloom.finetune.reporter import JobReporter, remove_adapter
 from tokenloom.finetune.store import Store
@@ -97,12 +97,11 @@ class JobService:
                 blob.write(chunk)
             return self.files.add(blob, filename, purpose, **options)
 
-    def create_job(self, body: Any, idempotency_key: str | None = None) -> JobRecord:
-        """Take a new job. The same key with the same body returns the job that was created first.
+    def create_job(self, request: CreateJob, idempotency_key: str | None = None) -> JobRecord:
+        """Take a new job. The same key with the same request returns the job that was created first.
 
         Raises RequestError naming the field at fault.
         """
-        request = parse_job(body)
         if request.model not in self._models:
             raise RequestError(
                 f"model: {request.model!r} cannot be finetuned here; {', '.join(self._models)} can",
@@ -129,10 +128,8 @@ class JobService:
     def resume(self, job_id: str) -> JobRecord:
         """Raises NotFoundError, or IllegalTransitionError unless the job is paused."""
         with self._changed:
-            status = self.store.jobs.get(job_id).status
-            if status != "paused":
-                raise IllegalTransitionError(job_id, status, "queued")
-            job = self.store.jobs.move(job_id, "queued", "The job was resumed and is queued")
+            message = "The job was resumed and is queued"
+            job = self.store.jobs.move(job_id, "queued", message, source="paused")
         self._wake()
         return job
 
