@@ -12,8 +12,9 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from tiny_models import tiny_config
 from tokenloom.errors import RequestError
+from tokenloom.kernels import get_kernels
 from tokenloom.models.config import ModelConfig
-from tokenloom.models.rope import Rope, apply_rope
+from tokenloom.models.rope import Rope
 
 SCALINGS: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default", "rope_theta": 10000.0},
@@ -46,6 +47,8 @@ SCALINGS: dict[str, dict[str, Any]] = {
         "original_max_position_embeddings": 64,
     },
 }
+
+KERNELS = get_kernels("reference")
 
 
 def _pair(
@@ -123,19 +126,19 @@ def test_table_made_under_inference_mode_serves_training() -> None:
     with torch.inference_mode():
         rope.cos_sin(torch.tensor([4000]))
     x = torch.randn(2, 4, 16, requires_grad=True)
-    apply_rope(x, *rope.cos_sin(torch.tensor([3999, 4000]))).sum().backward()
+    KERNELS.rope(x, KERNELS.rotation(*rope.cos_sin(torch.tensor([3999, 4000])), x.dtype)).sum().backward()
     assert x.grad is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_apply_rope_equals_transformers(dtype: torch.dtype) -> None:
+def test_rotation_equals_transformers(dtype: torch.dtype) -> None:
     rope, _ = _pair()
     x = torch.randn(7, 4, 16).to(dtype)
     kept = x.clone()
     cos, sin = rope.cos_sin(torch.arange(5, 12))
     whole_cos, whole_sin = (torch.cat([half, half], dim=-1)[None].to(dtype) for half in (cos, sin))
     theirs, _ = apply_rotary_pos_emb(x.transpose(0, 1)[None], x.transpose(0, 1)[None], whole_cos, whole_sin)
-    assert torch.equal(apply_rope(x, cos, sin), theirs[0].transpose(0, 1))
+    assert torch.equal(KERNELS.rope(x, KERNELS.rotation(cos, sin, dtype)), theirs[0].transpose(0, 1))
     assert torch.equal(x, kept)
 
 

@@ -61,8 +61,11 @@ class Kernels(Protocol):
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """gate_up `[T, 2 * ff]` -> silu(gate) * up, `[T, ff]`."""
 
-    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotate x `[T, H, D]` by half-split RoPE; cos and sin are float32 `[T, D / 2]`."""
+    def rotation(self, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What `rope` reads, from float32 cos and sin `[T, D / 2]`: prepared once, used by every layer."""
+
+    def rope(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """Rotate x `[T, H, D]` by half-split RoPE: dimension i turns with i + D / 2."""
 
     def attention(
         self,

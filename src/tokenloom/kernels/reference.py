@@ -36,9 +36,12 @@ class ReferenceKernels:
         gate, up = gate_up.to(_wide(gate_up.dtype)).chunk(2, dim=-1)
         return (gate / (1 + torch.exp(-gate)) * up).to(gate_up.dtype)
 
-    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def rotation(self, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return cos[:, None].to(dtype), sin[:, None].to(dtype)
+
+    def rope(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        cos, sin = rotation
         low, high = x.chunk(2, dim=-1)
-        cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
         return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
 
     def attention(

@@ -37,14 +37,15 @@ class TorchKernels:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
 
-    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        low, high = x.chunk(2, dim=-1)
-        cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        out_low, out_high = out.chunk(2, dim=-1)
-        torch.addcmul(low * cos, high, sin, value=-1, out=out_low)
-        torch.addcmul(high * cos, low, sin, out=out_high)
-        return out
+    def rotation(self, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return (
+            torch.cat((cos, cos), dim=-1)[:, None].to(dtype),
+            torch.cat((-sin, sin), dim=-1)[:, None].to(dtype),
+        )
+
+    def rope(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        cos, signed_sin = rotation
+        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
 
     def attention(
         self,
@@ -66,8 +67,8 @@ class TorchKernels:
             v = span.view(v_cache, block_size, begin).transpose(0, 1)
             if span.length == 1:
                 # The query heads of a group read the same keys: to the kernel they are rows of one head.
-                group = q[rows].view(num_kv_heads, num_heads // num_kv_heads, head_dim)
-                out[rows] = _sdpa(group, k, v).reshape(1, num_heads, head_dim)
+                group = q[span.start].view(num_kv_heads, num_heads // num_kv_heads, head_dim)
+                out[span.start] = _sdpa(group, k, v).reshape(num_heads, head_dim)
                 continue
             query = q[rows].transpose(0, 1)  # [Hq, n, D]
             if span.length == span.kv_len and (window is None or span.kv_len <= window):

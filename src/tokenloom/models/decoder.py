@@ -81,7 +81,7 @@ class Decoder:
         """
         kernels, config, eps = self.kernels, self.config, self.config.rms_norm_eps
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        cos, sin = self.rope.cos_sin(batch.positions)
+        rotation = kernels.rotation(*self.rope.cos_sin(batch.positions), self.dtype)
         x = self.embedding[batch.tokens]
         for i, layer in enumerate(self.layers):
             normed = kernels.rms_norm(x, layer.input_norm, eps)
@@ -92,7 +92,7 @@ class Decoder:
                 q = kernels.rms_norm(qk[:, :heads], layer.q_norm, eps)
                 k = kernels.rms_norm(qk[:, heads:], layer.k_norm, eps)
                 qk = torch.cat((q, k), dim=1)
-            qk = kernels.rope(qk, cos, sin)
+            qk = kernels.rope(qk, rotation)
             kv.write(i, batch.slots, qk[:, heads:], v)
             attended = kernels.attention(
                 qk[:, :heads], kv.keys[i], kv.values[i], batch.spans, kv.block_size, layer.window

@@ -58,17 +58,6 @@ class Rope:
         self._sin = torch.cat([self._sin, sin.to(self.device)])
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the heads of `x` `[T, H, D]` by `cos`, `sin` `[T, D/2]`, half-split: dimension i turns with
-    i + D/2.
-
-    The cosines and sines are rounded to `x`'s type first, as transformers does. Returns a new tensor.
-    """
-    cos, sin = cos.to(x.dtype).unsqueeze(1), sin.to(x.dtype).unsqueeze(1)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
 def _inverse_frequencies(config: RopeConfig, head_dim: int, positions: Tensor) -> Tensor:
     """Radians per token: float32 `[D/2]`, or `[T, D/2]` where they depend on the position (dynamic)."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim

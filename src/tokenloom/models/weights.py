@@ -127,7 +127,7 @@ class GGUFSource:
     """A GGUF file, under Hugging Face's names and in Hugging Face's row order.
 
     Converters store the q and k rows of `llama` models interleaved, so that dimension i rotates with its
-    neighbour; `load` puts them back to the half-split order that `apply_rope` rotates. `raw` does not: its
+    neighbour; `load` puts them back to the half-split order that the kernels rotate. `raw` does not: its
     rows are the file's, and `row_order` says which of them belongs where.
     """
 
