@@ -36,7 +36,7 @@ class JobLog:
         finish: int | None,
     ) -> None:
         """Record a step. A step that a restarted run does again replaces what was known of it."""
-        values = {"message": message, "data": _finite(data)}
+        values = {"message": storable(message), "data": _finite(data)}
         with self._database.write() as connection:
             own = (events.c.job_id == job_id, events.c.step == step)
             if connection.execute(update(events).where(*own).values(values)).rowcount == 0:
