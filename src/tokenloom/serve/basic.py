@@ -109,7 +109,7 @@ def tokens_router(engine: AsyncEngine) -> APIRouter:
             tokens = await render(engine, body.messages, None, body.add_generation_prompt)
         else:
             with prompt_is("prompt"):
-                tokens = await encode(engine, body.prompt or "", special=body.add_special_tokens)
+                [tokens] = await encode(engine, [body.prompt or ""], special=body.add_special_tokens)
         return TokenizeResponse(tokens=tokens, count=len(tokens), max_model_len=engine.max_model_len)
 
     @router.post("/detokenize")

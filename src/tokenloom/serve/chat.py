@@ -100,7 +100,8 @@ async def render(
         engine.tokenizer.render_chat, plain, tools=tools, add_generation_prompt=add_generation_prompt
     )
     with prompt_is("messages"):
-        return await encode(engine, text, special=False)
+        [tokens] = await encode(engine, [text], special=False)
+    return tokens
 
 
 def _whole(engine: AsyncEngine, answer: RequestOutput, usage: Usage, head: dict[str, Any]) -> ChatResponse:

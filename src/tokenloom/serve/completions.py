@@ -81,8 +81,10 @@ async def token_prompts(engine: AsyncEngine, prompt: Any, field: str) -> list[li
     limit = engine.settings.limits.max_prompts
     if len(many) > limit:
         raise RequestError(f"{field}: has {len(many)} entries; at most {limit} are allowed", param=field)
+    if not isinstance(many[0], str):
+        return many
     with prompt_is(field):
-        return [await encode(engine, p) if isinstance(p, str) else p for p in many]
+        return await encode(engine, many)
 
 
 def _many(prompt: Any) -> list[Any]:

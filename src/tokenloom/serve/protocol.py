@@ -13,6 +13,7 @@ from pydantic import (
     AfterValidator,
     AllowInfNan,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     FailFast,
@@ -21,6 +22,7 @@ from pydantic import (
     Tag,
     model_validator,
 )
+from pydantic_core import PydanticKnownError
 
 from tokenloom.engine.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_N, MAX_STOP_STRINGS
 from tokenloom.errors import RequestError
@@ -34,6 +36,18 @@ class StopAtFirst(FailFast):
     """Report the first bad item of an array, not all; hashable, so that the array can be in a union."""
 
     __hash__ = object.__hash__
+
+
+def at_most(entries: int) -> BeforeValidator:
+    """Refuse an object with more entries before any of them is looked at."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > entries:
+            context = {"field_type": "Object", "max_length": entries, "actual_length": len(value)}
+            raise PydanticKnownError("too_long", context)
+        return value
+
+    return BeforeValidator(check)
 
 
 Integer = Annotated[int, Strict()]
@@ -147,7 +161,9 @@ class SamplingFields(RequestBody):
     stop: Stop | None = None
     presence_penalty: Number | None = Field(None, ge=-2, le=2)
     frequency_penalty: Number | None = Field(None, ge=-2, le=2)
-    logit_bias: Annotated[dict[BiasKey, Bias], Field(max_length=MAX_LOGIT_BIAS)] | None = None
+    logit_bias: (
+        Annotated[dict[BiasKey, Bias], at_most(MAX_LOGIT_BIAS), Field(max_length=MAX_LOGIT_BIAS)] | None
+    ) = None
     seed: Integer | None = Field(None, ge=-(2**63), le=2**64 - 1)
     stream: Flag | None = None
     stream_options: StreamOptions | None = None
