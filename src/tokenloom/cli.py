@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -98,7 +99,8 @@ def _announce(name: str, url: str) -> None:
     out.print(f"\n[bold]{name}[/] is served at [bold]{url}[/]. Try:\n", highlight=False)
     print(f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'\n")
     print(
-        "python - <<'EOF'\n"
+        f"{sys.executable} -m pip install --quiet openai\n"
+        f"{sys.executable} - <<'EOF'\n"
         "from openai import OpenAI\n"
         f'client = OpenAI(base_url="{url}/v1", api_key="none")\n'
         f'messages = [{{"role": "user", "content": "Hello!"}}]\n'

@@ -49,16 +49,15 @@ class Stream(AsyncIterator[StepOutput]):
 
     async def aclose(self) -> None:
         """Abort the request unless it has finished; the engine drops it before its next iteration."""
-        self.close()
+        self._close()
 
-    def close(self) -> None:
-        """`aclose`, from code that cannot wait."""
+    def _close(self) -> None:
         if not self._done:
             self._done = True
             self._abort(self.request_id)
 
     def __del__(self) -> None:
-        self.close()
+        self._close()
 
 
 class AsyncEngine:

@@ -106,13 +106,6 @@ class Engine:
         prompt, params, vocab = request.prompt, request.params, self.config.vocab_size
         if not prompt:
             raise RequestError("prompt is empty: it must have at least one token", param="prompt")
-        bad = next((t for t in prompt if not 0 <= t < vocab), None)
-        if bad is not None:
-            raise RequestError(f"prompt has token id {bad}; ids are from 0 to {vocab - 1}", param="prompt")
-        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
-            bad = next((t for t in ids if not 0 <= t < vocab), None)
-            if bad is not None:
-                raise RequestError(f"{name} has token id {bad}; ids are from 0 to {vocab - 1}", param=name)
         generated = 0 if request.kind == "embed" else min(1, params.max_tokens or 1)
         if len(prompt) + generated > self.max_model_len:
             raise RequestError(
@@ -129,6 +122,13 @@ class Engine:
                 param="prompt",
                 code="context_length_exceeded",
             )
+        bad = next((t for t in prompt if not 0 <= t < vocab), None)
+        if bad is not None:
+            raise RequestError(f"prompt has token id {bad}; ids are from 0 to {vocab - 1}", param="prompt")
+        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+            bad = next((t for t in ids if not 0 <= t < vocab), None)
+            if bad is not None:
+                raise RequestError(f"{name} has token id {bad}; ids are from 0 to {vocab - 1}", param=name)
         if params.n > self.settings.scheduler.max_running:
             raise RequestError(
                 f"n is {params.n}; this server runs at most {self.settings.scheduler.max_running} sequences",

@@ -19,7 +19,8 @@ from tokenloom.text.tokenizer import Tokenizer
 
 @dataclass
 class ModelFiles:
-    """An opened model. `name` is what the user asked for; no weight has been read yet."""
+    """An opened model. `name` is the catalog name or hub id, or the last part
+    of a path without its ending; no weight has been read yet."""
 
     name: str
     path: Path
@@ -43,7 +44,10 @@ def open_model(name_or_path: str) -> ModelFiles:
         config = ModelConfig.from_gguf(file)
         weights, tokenizer = GGUFSource(path, file), Tokenizer.from_gguf(file)
     tokenizer.pad_vocabulary(config.vocab_size)
-    return ModelFiles(name_or_path, path, config, weights, tokenizer)
+    # A path is nobody's business but this machine's: clients see the model's name in every answer.
+    given = Path(name_or_path).expanduser()
+    name = (given.stem if given.is_file() else given.resolve().name) if given.exists() else name_or_path
+    return ModelFiles(name, path, config, weights, tokenizer)
 
 
 def read_config(folder: Path) -> ModelConfig:

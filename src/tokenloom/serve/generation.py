@@ -79,12 +79,13 @@ def _check_limit(name: str, value: int | None, limit: int) -> None:
 
 async def encode(engine: AsyncEngine, texts: list[str], *, special: bool = True) -> list[list[int]]:
     """Tokens of each text; much text is done off the event loop. Raises RequestError (param "prompt")."""
-    if sum(map(len, texts)) <= _INLINE_CHARACTERS:
+
+    def encode_all() -> list[list[int]]:
         return [engine.tokenizer.encode(text, add_special_tokens=special) for text in texts]
-    # `tokenizers` keeps the interpreter to itself in `encode`, and lets it go only for batches.
-    encode_batch = engine.tokenizer.backend.encode_batch_fast
-    encodings = await asyncio.to_thread(encode_batch, texts, add_special_tokens=special)
-    return [encoding.ids for encoding in encodings]
+
+    if sum(map(len, texts)) <= _INLINE_CHARACTERS:
+        return encode_all()
+    return await asyncio.to_thread(encode_all)
 
 
 @contextlib.contextmanager
