@@ -21,7 +21,7 @@ from tokenloom.engine.stats import EngineStats, RequestTiming
 from tokenloom.errors import ModelError, RequestError
 from tokenloom.kernels import get_kernels
 from tokenloom.models.decoder import Decoder
-from tokenloom.models.loader import ModelFiles, open_model
+from tokenloom.models.loader import ModelFiles, open_model, release_freed_memory
 from tokenloom.text.detokenizer import Detokenizer
 
 # Prompt log-probabilities need the logits of every prompt row; this many rows of them exist at a time.
@@ -61,6 +61,7 @@ class Engine:
             torch.set_num_threads(settings.model.threads)
         kernels = get_kernels(settings.model.backend)
         self.decoder = Decoder(files.config, files.weights, kernels, self.dtype, self.device)
+        release_freed_memory()
         self.max_model_len = min(
             files.config.max_position, settings.model.max_model_len or files.config.max_position
         )
