@@ -51,6 +51,18 @@ def test_environment_errors_name_the_key(monkeypatch: pytest.MonkeyPatch) -> Non
         load_settings()
 
 
+def test_a_branch_given_as_a_value_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENLOOM_CACHE", "/somewhere")
+    with pytest.raises(ConfigError, match=r"TOKENLOOM_CACHE: .*TOKENLOOM_CACHE__KEY"):
+        load_settings()
+
+
+def test_folders_are_no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TOKENLOOM_MODEL_CACHE", str(tmp_path))
+    monkeypatch.setenv("TOKENLOOM_HOME", str(tmp_path))
+    assert load_settings().model.name == "smollm2-135m-instruct"
+
+
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.toml"):
         load_settings(config_file=tmp_path / "nowhere.toml")

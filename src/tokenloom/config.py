@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import platformdirs
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from tokenloom.errors import TokenloomError
 
@@ -154,6 +154,12 @@ def load_settings(flags: dict[str, Any] | None = None, config_file: Path | None 
         return Settings.model_construct(
             **{name: type(getattr(settings, name)).model_validate(merged[name]) for name in merged}
         )
+    except SettingsError as error:
+        field = str(error).split('"')[1]
+        raise ConfigError(
+            f"environment variable TOKENLOOM_{field.upper()}: {field} is a branch of settings; "
+            f"name a key of it, as in TOKENLOOM_{field.upper()}__KEY"
+        ) from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

@@ -20,7 +20,7 @@ CONTENT = bytes(range(256)) * 9000
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "cache" / "models"
-    monkeypatch.setenv("TOKENLOOM_CACHE", str(folder))
+    monkeypatch.setenv("TOKENLOOM_MODEL_CACHE", str(folder))
     return folder
 
 

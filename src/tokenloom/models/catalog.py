@@ -65,8 +65,8 @@ def entries() -> list[CatalogEntry]:
 
 
 def cache_folder() -> Path:
-    """Where pulled models lie: $TOKENLOOM_CACHE, or the user's cache folder."""
-    chosen = os.environ.get("TOKENLOOM_CACHE")
+    """Where pulled models lie: $TOKENLOOM_MODEL_CACHE, or the user's cache folder."""
+    chosen = os.environ.get("TOKENLOOM_MODEL_CACHE")
     return Path(chosen) if chosen else platformdirs.user_cache_path("tokenloom") / "models"
 
 
