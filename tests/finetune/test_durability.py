@@ -18,7 +18,7 @@ from finetune_fakes import names_below
 from tokenloom.finetune.errors import NotFoundError
 from tokenloom.finetune.store import Store
 
-KILLS = 24
+KILLS = 20
 
 
 def test_kill_9_at_random_instants(tmp_path: Path) -> None:

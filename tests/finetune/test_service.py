@@ -113,6 +113,24 @@ def test_jobs_run_in_order_and_at_most_so_many_at_once(tmp_path: Path) -> None:
     store.close()
 
 
+def test_a_job_resumed_before_its_run_has_stopped_does_not_run_twice(tmp_path: Path) -> None:
+    store, runner = Store(tmp_path), FakeRunner()
+    service = JobService(store, runner, trainable(), max_concurrent=2)
+    service.start()
+    runner.go.clear()
+    job_id = create(service)
+    wait_for(service, job_id, "running")
+    runner.pause = lambda job_id: None  # type: ignore[method-assign]
+    service.pause(job_id)
+    service.resume(job_id)
+    wait_for(service, create(service), "running")  # so the queue has been looked at since
+    assert runner.started.count(job_id) == 1
+    runner.go.set()
+    wait_for(service, job_id, "succeeded")
+    service.stop()
+    store.close()
+
+
 def test_a_runner_that_cannot_start_fails_the_job_alone(
     service: JobService, runner: FakeRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:

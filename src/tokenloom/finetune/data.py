@@ -236,6 +236,8 @@ class SampleBuilder:
         text = self._layout.render(chat["messages"], chat["tools"])
         tokens = self._encode(text)
         weights = [0.0] * len(tokens)
+        # The whole is tokenised at once, as a server tokenises a conversation. A token that reaches over the
+        # beginning of a span (a line break that merged with the answer's first space) counts as learned.
         for span in self._layout.spans(text, chat["messages"], chat["tools"]):
             start = _common_prefix(tokens, self._encode(text[: span.start]))
             if start >= self._max_tokens:  # all that follows will be cut off
