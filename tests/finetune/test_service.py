@@ -105,7 +105,11 @@ def test_jobs_run_in_order_and_at_most_so_many_at_once(tmp_path: Path) -> None:
     store, runner = Store(tmp_path), FakeRunner()
     service = JobService(store, runner, trainable(), max_concurrent=2)
     made = [create(service) for _ in range(5)]
+    runner.go.clear()  # a run must not be over before the next one could have begun
     service.start()
+    for job_id in made[:2]:
+        wait_for(service, job_id, "running")
+    runner.go.set()
     for job_id in made:
         wait_for(service, job_id, "succeeded")
     assert runner.started == made and runner.most_running == 2
@@ -291,7 +295,7 @@ def test_models_can_be_deleted_but_not_what_a_job_still_needs(
 ) -> None:
     runner.go.clear()
     job = wait_for(service, create(service), "running")
-    (job.checkpoint_dir / "1").mkdir()
+    (job.checkpoint_dir / "1").mkdir(parents=True)  # the run itself may be about to make its folder
     name = JobReporter(service.store, job, lambda: None).checkpoint(1, job.checkpoint_dir / "1", {})
     with pytest.raises(RequestError, match="which is running"):
         service.delete_model(name)
