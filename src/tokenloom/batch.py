@@ -2,18 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from tokenloom.kernels import KVSpan
+from tokenloom.kernels import Kernels, KVSpan, Linear
+
+Keep = Callable[[int, str, int], Tensor | None]
+"""(layer, site, width) -> what dropout multiplies a site's input by, `[rows, width]`; None: nothing."""
 
 
 class SegmentKind(Enum):
     PREFILL = "prefill"
     DECODE = "decode"
+    TRAIN = "train"
+
+
+class Bypass(Protocol):
+    """What an adapter adds beside one frozen projection (FlexLLM, arXiv 2402.18789: bypass networks)."""
+
+    def forward(self, x: Tensor, y: Tensor, linear: Linear, kernels: Kernels, keep: Tensor | None) -> None:
+        """Change y `[n, out]`, which holds `linear(x)`, in place; x `[n, in]`, keep like x."""
+
+
+@dataclass(slots=True)
+class BypassRows:
+    """Rows of the batch that go through an adapter.
+
+    `layers[i]` maps a site of layer i (`qkv`, `o`, `gate_up`, `down`) to its bypass.
+    """
+
+    rows: slice
+    layers: Sequence[Mapping[str, Bypass]]
+    keep: Keep | None = None
+    """Dropout, where these rows are trained on."""
+
+
+class Tap(Protocol):
+    """Reads activations of some rows as they are computed.
+
+    Sites of layer i: `input` (what enters it; that of layer L is what the last one puts out, before the
+    final norm), `query` (after RoPE), `residual` (after attention), `gate_up` (both, before SiLU).
+    """
+
+    rows: slice
+    sites: frozenset[str]
+
+    def save(self, layer: int, site: str, value: Tensor) -> None:
+        """value `[len(rows), width]`; it is overwritten afterwards, so it must be copied."""
 
 
 @dataclass(slots=True)
@@ -39,6 +79,8 @@ class Batch:
         slots: `[T]` int64, where each row's keys and values are stored.
         segments: which rows belong together, in row order.
         logits_rows: `[M]` int64, rows whose logits are wanted, in the order in which they are returned.
+        bypasses: which rows go through which adapter; rows of the base model alone are in none.
+        taps: who reads activations.
     """
 
     tokens: Tensor
@@ -46,6 +88,8 @@ class Batch:
     slots: Tensor
     segments: list[Segment]
     logits_rows: Tensor
+    bypasses: list[BypassRows] = field(default_factory=list)
+    taps: list[Tap] = field(default_factory=list)
     spans: list[KVSpan] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -66,6 +110,12 @@ class BatchBuilder:
         self.slots: list[int] = []
         self.segments: list[Segment] = []
         self.logits_rows: list[int] = []
+        self.bypasses: list[BypassRows] = []
+        self.taps: list[Tap] = []
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.tokens)
 
     def add(
         self,
@@ -101,6 +151,14 @@ class BatchBuilder:
             self.logits_rows += range(start, start + length)
         return start
 
+    def through(self, adapter: Sequence[Mapping[str, Bypass]], start: int, keep: Keep | None = None) -> None:
+        """Send the rows from `start` to the last one added through an adapter."""
+        last = self.bypasses[-1] if self.bypasses else None
+        if last is not None and last.layers is adapter and last.rows.stop == start and keep is last.keep:
+            last.rows = slice(last.rows.start, self.num_rows)
+        else:
+            self.bypasses.append(BypassRows(slice(start, self.num_rows), adapter, keep))
+
     def build(self) -> Batch:
         return Batch(
             tokens=torch.tensor(self.tokens, device=self.device),
@@ -108,4 +166,6 @@ class BatchBuilder:
             slots=torch.tensor(self.slots, device=self.device),
             segments=self.segments,
             logits_rows=torch.tensor(self.logits_rows, dtype=torch.int64, device=self.device),
+            bypasses=self.bypasses,
+            taps=self.taps,
         )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from tokenloom.kernels.interface import Kernels, KVSpan
+from tokenloom.kernels.interface import Kernels, KVSpan, Linear
 from tokenloom.kernels.reference import ReferenceKernels
 from tokenloom.kernels.torch_ops import TorchKernels
 
-__all__ = ["BACKENDS", "KVSpan", "Kernels", "get_kernels"]
+__all__ = ["BACKENDS", "KVSpan", "Kernels", "Linear", "get_kernels"]
 
 BACKENDS: dict[str, type[ReferenceKernels] | type[TorchKernels]] = {
     "reference": ReferenceKernels,

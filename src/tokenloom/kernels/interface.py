@@ -10,6 +10,14 @@ from torch import Tensor
 
 
 @dataclass(slots=True)
+class Linear:
+    """A frozen projection: weight `[out, in]`, bias `[out]` or None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(slots=True)
 class KVSpan:
     """The cached keys and values that one segment of the batch reads.
 
@@ -54,6 +62,9 @@ class Kernels(Protocol):
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x `[T, in]`, weight `[out, in]` -> `[T, out]`."""
+
+    def add_linear(self, y: Tensor, x: Tensor, weight: Tensor) -> None:
+        """y `[T, out]` += x `[T, in]` times weight `[out, in]`, which is small; y may be strided."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x `[..., d]`, normalised over the last dimension in float32 (float64 for float64)."""

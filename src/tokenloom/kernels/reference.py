@@ -27,6 +27,9 @@ class ReferenceKernels:
             y[i] = torch.mv(weight, row.clone())
         return y if bias is None else y + bias
 
+    def add_linear(self, y: Tensor, x: Tensor, weight: Tensor) -> None:
+        y += self.linear(x, weight)
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.to(_wide(x.dtype))
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)

@@ -11,6 +11,8 @@ from tokenloom.kernels.interface import KVSpan
 # Below this many rows, BLAS is faster on CPU with the weight as the left factor (measured: 25 against
 # 35 ms at one row and 52 against 100 ms at 16 rows for all layers of the default model).
 _FEW_ROWS = 48
+# ... but not where the weight lies in the caches anyway.
+_SMALL_WEIGHT = 2**18
 
 
 class TorchKernels:
@@ -20,12 +22,16 @@ class TorchKernels:
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         rows = x.shape[0]
-        if x.is_cuda or rows >= _FEW_ROWS or x.dtype != torch.float32:
+        small = weight.numel() <= _SMALL_WEIGHT
+        if x.is_cuda or rows >= _FEW_ROWS or small or x.dtype != torch.float32:
             return F.linear(x, weight, bias)
         # One row alone would fall to a slow matrix-vector product; a second, equal one makes it a GEMM.
         columns = torch.cat((x, x)).t() if rows == 1 else x.t()
         y = torch.mm(weight, columns)[:, :rows].t().contiguous()
         return y if bias is None else y.add_(bias)
+
+    def add_linear(self, y: Tensor, x: Tensor, weight: Tensor) -> None:
+        y.addmm_(x, weight.t())
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if x.dtype in (torch.float32, torch.float64):

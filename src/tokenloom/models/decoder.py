@@ -10,18 +10,10 @@ from torch import Tensor
 from tokenloom.batch import Batch
 from tokenloom.cache.kv_cache import KVCache
 from tokenloom.errors import ModelError
-from tokenloom.kernels import Kernels
+from tokenloom.kernels import Kernels, Linear
 from tokenloom.models.config import ModelConfig
 from tokenloom.models.rope import Rope
 from tokenloom.models.weights import WeightSource
-
-
-@dataclass(slots=True)
-class Linear:
-    """A frozen projection: weight `[out, in]`, bias `[out]` or None."""
-
-    weight: Tensor
-    bias: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -84,8 +76,9 @@ class Decoder:
         rotation = kernels.rotation(*self.rope.cos_sin(batch.positions), self.dtype)
         x = self.embedding[batch.tokens]
         for i, layer in enumerate(self.layers):
+            self._tap(batch, i, "input", x)
             normed = kernels.rms_norm(x, layer.input_norm, eps)
-            qkv = kernels.linear(normed, layer.qkv.weight, layer.qkv.bias)
+            qkv = self._project(batch, i, "qkv", layer.qkv, normed)
             qkv = qkv.view(-1, heads + 2 * kv_heads, head_dim)
             qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
             if layer.q_norm is not None and layer.k_norm is not None:
@@ -94,14 +87,34 @@ class Decoder:
                 qk = torch.cat((q, k), dim=1)
             qk = kernels.rope(qk, rotation)
             kv.write(i, batch.slots, qk[:, heads:], v)
+            self._tap(batch, i, "query", qk[:, :heads])
             attended = kernels.attention(
                 qk[:, :heads], kv.keys[i], kv.values[i], batch.spans, kv.block_size, layer.window
             )
-            x = x + kernels.linear(attended.flatten(1), layer.o.weight, layer.o.bias)
+            x = x + self._project(batch, i, "o", layer.o, attended.flatten(1))
+            self._tap(batch, i, "residual", x)
             normed = kernels.rms_norm(x, layer.post_norm, eps)
-            gate_up = kernels.linear(normed, layer.gate_up.weight, layer.gate_up.bias)
-            x = x + kernels.linear(kernels.silu_mul(gate_up), layer.down.weight, layer.down.bias)
+            gate_up = self._project(batch, i, "gate_up", layer.gate_up, normed)
+            self._tap(batch, i, "gate_up", gate_up)
+            x = x + self._project(batch, i, "down", layer.down, kernels.silu_mul(gate_up))
+        self._tap(batch, len(self.layers), "input", x)
         return kernels.rms_norm(x, self.norm, eps)
+
+    def _project(self, batch: Batch, index: int, site: str, linear: Linear, x: Tensor) -> Tensor:
+        """One frozen projection, and what adapters add to it."""
+        y = self.kernels.linear(x, linear.weight, linear.bias)
+        for part in batch.bypasses:
+            bypass = part.layers[index].get(site)
+            if bypass is not None:
+                keep = part.keep(index, site, x.shape[1]) if part.keep is not None else None
+                bypass.forward(x[part.rows], y[part.rows], linear, self.kernels, keep)
+        return y
+
+    @staticmethod
+    def _tap(batch: Batch, index: int, site: str, value: Tensor) -> None:
+        for tap in batch.taps:
+            if site in tap.sites:
+                tap.save(index, site, value[tap.rows].flatten(1))
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

@@ -1,0 +1,146 @@
+"""LoRA (arXiv 2106.09685), with rank-stabilised scaling (rsLoRA, arXiv 2312.03732)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenloom.kernels import Kernels, Linear
+from tokenloom.models.adapters.adapter import Params, targets_of
+from tokenloom.models.adapters.sites import LINEARS, MODULE, Dims
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """y += scale * (x Aᵀ) Bᵀ, scale = alpha / r, or alpha / sqrt(r) with rsLoRA.
+
+    Attributes:
+        r, alpha: rank and scale of every target that has no entry of its own in `ranks` and `alphas`.
+        dropout: on x, while training only. Linears that read the same x (q, k and v; gate and up) drop the
+            same elements of it.
+        targets: any of the seven linears.
+        ranks, alphas: by linear (`q_proj`) or by layer and linear (`3.q_proj`), the latter first.
+        layers: which layers have the adapter; None means all.
+    """
+
+    r: int = 16
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = LINEARS
+    rslora: bool = False
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    alphas: Mapping[str, float] = field(default_factory=dict)
+    layers: frozenset[int] | None = None
+    kind = "lora"
+
+    def rank(self, layer: int, linear: str) -> int:
+        return self.ranks.get(f"{layer}.{linear}", self.ranks.get(linear, self.r))
+
+    def scale(self, layer: int, linear: str) -> float:
+        alpha = self.alphas.get(f"{layer}.{linear}", self.alphas.get(linear, self.alpha))
+        rank = self.rank(layer, linear)
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+    def shapes(self, layer: int, site: str, dims: Dims) -> list[tuple[int, ...]]:
+        linears = self._targets(layer, site)
+        if not linears:
+            return []
+        ranks = [self.rank(layer, linear) for linear in linears]
+        return [
+            (sum(ranks), dims.width_in[linears[0]]),
+            *((dims.width_out(linear), rank) for linear, rank in zip(linears, ranks, strict=True)),
+        ]
+
+    def bypass(self, layer: int, site: str, dims: Dims, params: Params) -> Lora:
+        parts, start = [], 0
+        for linear in self._targets(layer, site):
+            rank = self.rank(layer, linear)
+            parts.append((slice(start, start + rank), dims.rows[linear], self.scale(layer, linear)))
+            start += rank
+        return Lora(params, parts)
+
+    def tensors(self, layer: int, site: str, params: Params) -> dict[str, Tensor]:
+        named, start = {}, 0
+        for linear, b in zip(self._targets(layer, site), params[1:], strict=True):
+            named[f"{MODULE[linear]}.lora_A.weight"] = params[0][start : start + b.shape[1]]
+            named[f"{MODULE[linear]}.lora_B.weight"] = b
+            start += b.shape[1]
+        return named
+
+    def init(self, params: Params, generator: torch.Generator) -> None:
+        """A uniform as in `nn.Linear`, which PEFT uses; B zero."""
+        bound = 1 / math.sqrt(params[0].shape[1])
+        values = torch.rand(params[0].shape, generator=generator, dtype=torch.float64) * 2 * bound - bound
+        params[0].copy_(values)
+        for b in params[1:]:
+            b.zero_()
+
+    def to_json(self) -> dict[str, Any]:
+        config: dict[str, Any] = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "r": self.r,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            "target_modules": sorted(self.targets),
+            "use_rslora": self.rslora,
+            "bias": "none",
+            "rank_pattern": {_module(key): rank for key, rank in self.ranks.items()},
+            "alpha_pattern": {_module(key): alpha for key, alpha in self.alphas.items()},
+        }
+        if self.layers is not None:
+            config |= {"layers_to_transform": sorted(self.layers), "layers_pattern": "layers"}
+        return config
+
+    def _targets(self, layer: int, site: str) -> list[str]:
+        if self.layers is not None and layer not in self.layers:
+            return []
+        return targets_of(site, self.targets)
+
+
+class Lora:
+    """LoRA at one site. The A of linears that read the same x are stacked: `params` is (A `[sum r, in]`, and
+    a B `[out, r]` per linear); `parts` says, per linear, its columns of z = x Aᵀ, its columns of y, its scale.
+    """
+
+    def __init__(self, params: Params, parts: list[tuple[slice, slice, float]]) -> None:
+        self.params = params
+        self.parts = parts
+
+    def forward(self, x: Tensor, y: Tensor, linear: Linear, kernels: Kernels, keep: Tensor | None) -> None:
+        z = self._middle(kernels.linear(x if keep is None else x * keep, self.params[0]))
+        for (rank, out, _), b in zip(self.parts, self.params[1:], strict=True):
+            kernels.add_linear(y[:, out], z[:, rank], b)
+
+    def backward(
+        self, dy: Tensor, x: Tensor, linear: Linear, kernels: Kernels, keep: Tensor | None, grads: Params
+    ) -> tuple[Tensor, Tensor | None]:
+        a = self.params[0]
+        x = x if keep is None else x * keep
+        z = self._middle(kernels.linear(x, a))
+        dz = torch.empty_like(z)
+        for (rank, out, _), b, grad in zip(self.parts, self.params[1:], grads[1:], strict=True):
+            grad.addmm_(dy[:, out].t(), z[:, rank])
+            torch.mm(dy[:, out], b, out=dz[:, rank])
+        dz = self._middle(dz)
+        grads[0].addmm_(dz.t(), x)
+        dx = dz @ a
+        return dy, dx if keep is None else dx * keep
+
+    def _middle(self, z: Tensor) -> Tensor:
+        """z `[n, sum r]` times each part's scale, in place."""
+        for rank, _, scale in self.parts:
+            if scale != 1:
+                z[:, rank] *= scale
+        return z
+
+
+def _module(key: str) -> str:
+    """`q_proj` and `3.q_proj` as the names that PEFT matches by their end."""
+    layer, _, linear = key.rpartition(".")
+    return f"layers.{layer}.{MODULE[linear]}" if layer else linear
