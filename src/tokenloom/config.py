@@ -69,6 +69,60 @@ class SchedulerSettings(_Branch):
     policy: Literal["fcfs", "priority"] = "fcfs"
 
 
+class SloSettings(_Branch):
+    """What clients may expect of the server, whatever trains beside it."""
+
+    ttft_ms: float = Field(2000.0, gt=0, description="Time to the first token, queueing included.")
+    tpot_ms: float = Field(200.0, gt=0, description="Time per output token after the first.")
+
+
+class CoserveSettings(_Branch):
+    """How training shares the machine with inference (FlexLLM, arXiv 2402.18789)."""
+
+    mode: Literal["off", "coserve", "temporal", "dynamic_temporal", "spatial", "ft_only"] = Field(
+        "coserve",
+        description="coserve: in the same iterations, as much as the latency targets allow. temporal: a "
+        "whole training pass every temporal_every iterations. dynamic_temporal: the same, by load. "
+        "spatial: beside inference in a thread of its own. ft_only: no inference. off: no training.",
+    )
+    temporal_every: int = Field(64, ge=1, description="Inference iterations per training pass.")
+    margin: float = Field(0.1, ge=0, lt=1, description="Part of the time budget that is left unused.")
+
+
+class FtSettings(_Branch):
+    """What one iteration may hold of training. How a job trains is said in the job."""
+
+    max_fwd_tokens: int = Field(256, ge=1, description="Forward rows of training per iteration.")
+    bwd_window: int = Field(256, ge=1, description="Largest window of rows in backward and in the loss.")
+    min_rows: int = Field(16, ge=1, description="Backward windows are not cut smaller to fit a budget.")
+    min_progress: int = Field(
+        0, ge=0, description="Run the smallest piece each so many iterations whatever the targets; 0: never."
+    )
+    idle_iter_ms: float = Field(
+        0.0, ge=0, description="Longest iteration without inference; 0: a tenth of slo.ttft_ms."
+    )
+    mem_frac: float = Field(0.6, gt=0, le=1, description="Part of the KV pool that training may hold.")
+
+
+class AdapterSettings(_Branch):
+    """Adapters that can be chosen by the request's `model`."""
+
+    folder: str = Field(
+        "", description="Adapters are loaded from here only; empty: `adapters` in the home folder."
+    )
+    watch: bool = Field(True, description="Load what lies in the folder, and follow its changes.")
+    max_loaded: int = Field(32, ge=1, le=4096)
+
+
+class JobSettings(_Branch):
+    """Files and fine-tuning jobs."""
+
+    database_url: str = Field("", description="SQLAlchemy URL; empty: SQLite in the home folder.")
+    max_file_bytes: int = Field(512 * 2**20, ge=1024)
+    quota_bytes: int = Field(8 * 2**30, ge=1024, description="All uploaded files together.")
+    max_concurrent: int = Field(1, ge=1, le=16, description="Jobs that train at the same time.")
+
+
 class LimitSettings(_Branch):
     """What one HTTP request may ask for."""
 
@@ -109,6 +163,11 @@ class Settings(BaseSettings):
     model: ModelSettings = Field(default_factory=ModelSettings)
     cache: CacheSettings = Field(default_factory=CacheSettings)
     scheduler: SchedulerSettings = Field(default_factory=SchedulerSettings)
+    slo: SloSettings = Field(default_factory=SloSettings)
+    coserve: CoserveSettings = Field(default_factory=CoserveSettings)
+    ft: FtSettings = Field(default_factory=FtSettings)
+    adapters: AdapterSettings = Field(default_factory=AdapterSettings)
+    jobs: JobSettings = Field(default_factory=JobSettings)
     limits: LimitSettings = Field(default_factory=LimitSettings)
     server: ServerSettings = Field(default_factory=ServerSettings)
 

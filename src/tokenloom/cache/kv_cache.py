@@ -12,7 +12,8 @@ class KVCache:
     """Keys and values of all layers, in slots.
 
     `keys[layer]` and `values[layer]` are `[num_blocks * block_size, Hk, D]`. A slot is claimed through
-    `BlockPool`; its memory is touched when it is first written.
+    `BlockPool`; its memory is touched when it is first written. `rows[layer]` is the same memory as plain
+    rows of Hk * D numbers, all slots' keys and then all slots' values: training keeps activations in blocks.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class KVCache:
         self._data = torch.empty(shape, dtype=dtype, device=device)
         self.keys: list[Tensor] = [layer[0] for layer in self._data]
         self.values: list[Tensor] = [layer[1] for layer in self._data]
+        self.rows: list[Tensor] = [layer.view(2 * num_blocks * block_size, -1) for layer in self._data]
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store k, v `[T, Hk, D]` at slots `[T]`."""

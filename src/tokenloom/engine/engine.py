@@ -13,6 +13,8 @@ from tokenloom.batch import Batch, BatchBuilder, SegmentKind
 from tokenloom.cache.block_pool import BlockPool
 from tokenloom.cache.kv_cache import KVCache, bytes_per_token, default_pool_bytes
 from tokenloom.config import Settings
+from tokenloom.engine.adapters import AdapterRegistry
+from tokenloom.engine.coserve import Coserver
 from tokenloom.engine.outputs import Delta, FinishReason, StepOutput, TokenLogprob
 from tokenloom.engine.request import Request, Sequence
 from tokenloom.engine.sampler import sample, token_logprobs
@@ -70,6 +72,8 @@ class Engine:
         self.scheduler = Scheduler(
             settings.scheduler, self.pool, prefix_caching=settings.cache.prefix_caching
         )
+        self.adapters = AdapterRegistry(settings.adapters.max_loaded)
+        self.coserver = Coserver(settings, self.scheduler, self.pool, self.decoder, self.kv)
         self.end_tokens = files.config.eos_token_ids
         self.requests: dict[str, Request] = {}
         self.counters = EngineStats()
@@ -174,18 +178,23 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self.coserver.has_work
 
     # -- one iteration ----------------------------------------------------------------------------------
 
     def step(self) -> list[StepOutput]:
-        """Run one iteration: every decode gets a token, and prompts go on by a chunk."""
+        """Run one iteration: every decode gets a token, prompts go on by a chunk, and training fills what
+        the latency targets leave."""
         with self.timer("schedule"):
             plan = self.scheduler.schedule()
-        if not plan.rows:
+        with self.timer("train"):
+            train_rows = self.coserver.before(plan)
+        if not plan.rows and not train_rows:
+            self.coserver.no_batch()
             return []
+        start = time.monotonic()
         with self.timer("build"):
-            batch = self._build(plan)
+            batch = self._build(plan, train_rows)
         with self.timer("layers"):
             hidden = self.decoder.forward(batch, self.kv)
         ready = self._advance(plan, batch, hidden)
@@ -194,17 +203,21 @@ class Engine:
         with self.timer("sample"):
             sampling, logits = self._fork(ready, logits)
             tokens, logprobs = sample(logits, sampling, self.end_tokens) if sampling else ([], [])
+        self.coserver.after(train_rows, (time.monotonic() - start) * 1e3)
         with self.timer("publish"):
             return self._publish(ready, sampling, tokens, logprobs)
 
-    def _build(self, plan: Plan) -> Batch:
+    def _build(self, plan: Plan, train_rows: int) -> Batch:
         for source, target in plan.copies:
             self.kv.copy_block(source, target)
+        if any(sequence.request.adapter is not None for sequence in plan.rows):
+            # Rows of one adapter side by side, so that each runs once.
+            plan.rows = dict(sorted(plan.rows.items(), key=lambda item: _adapter_version(item[0])))
         builder = BatchBuilder(self.device)
         for sequence, rows in plan.rows.items():
             start = sequence.num_computed
             samples = start + rows == len(sequence.tokens) and _generates(sequence)
-            builder.add(
+            first = builder.add(
                 SegmentKind.DECODE if sequence.num_output and rows == 1 else SegmentKind.PREFILL,
                 sequence.tokens[start : start + rows],
                 sequence.table.blocks,
@@ -213,6 +226,10 @@ class Engine:
                 contiguous=sequence.table.contiguous,
                 logits="last" if samples else "none",
             )
+            if sequence.request.adapter is not None:
+                builder.through(sequence.request.adapter.adapter.layers, first)
+        if train_rows:
+            self.coserver.add_rows(builder, train_rows)
         self.counters.iterations += 1
         self.counters.batch_tokens += plan.num_rows
         return builder.build()
@@ -220,7 +237,7 @@ class Engine:
     def _advance(self, plan: Plan, batch: Batch, hidden: Tensor) -> list[Sequence]:
         """Account for the rows just computed; returns the sequences whose tokens are all computed."""
         ready = []
-        for (sequence, rows), segment in zip(plan.rows.items(), batch.segments, strict=True):
+        for (sequence, rows), segment in zip(plan.rows.items(), batch.segments, strict=False):
             before = sequence.num_computed
             sequence.num_computed += rows
             if self.scheduler.prefix_caching:
@@ -391,6 +408,11 @@ class Engine:
 def _generates(sequence: Sequence) -> bool:
     request = sequence.request
     return request.kind == "generate" and request.params.max_tokens != 0
+
+
+def _adapter_version(sequence: Sequence) -> int:
+    adapter = sequence.request.adapter
+    return 0 if adapter is None else adapter.version
 
 
 def _device(name: str) -> torch.device:

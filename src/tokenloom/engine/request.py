@@ -11,6 +11,7 @@ import torch
 
 from tokenloom.cache.block_pool import BlockPool
 from tokenloom.cache.block_table import BlockTable, block_digest, root_digest
+from tokenloom.engine.adapters import LoadedAdapter
 from tokenloom.engine.outputs import FinishReason, TokenLogprob
 from tokenloom.engine.sampling_params import SamplingParams
 from tokenloom.text.detokenizer import Detokenizer
@@ -26,6 +27,7 @@ class Request:
     kind: Literal["generate", "embed"] = "generate"
     priority: int = 0
     cache_salt: str | None = None
+    adapter: LoadedAdapter | None = None
     arrival_s: float = field(default_factory=time.monotonic)
 
     sequences: list[Sequence] = field(default_factory=list)
@@ -66,7 +68,9 @@ class Sequence:
         self.table = BlockTable(pool)
         self.num_computed = 0
         self.digests: list[bytes] = []
-        self.root = root_digest("base", 0, request.cache_salt)
+        adapter = request.adapter
+        name, version = (adapter.name, adapter.version) if adapter is not None else ("", 0)
+        self.root = root_digest(name, version, request.cache_salt)
         self.text = StopText(request.params, detokenizer)
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from bisect import insort
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tokenloom.cache.block_pool import BlockPool, OutOfBlocks
@@ -33,6 +34,8 @@ class Scheduler:
         self.settings = settings
         self.pool = pool
         self.prefix_caching = prefix_caching
+        self.reclaim: Callable[[], bool] = lambda: False
+        """Asked for blocks before a sequence is preempted or has to wait: whether some became free."""
         self.waiting: list[Sequence] = []  # in the order of _rank
         self.running: list[Sequence] = []
         self.num_preemptions = 0
@@ -82,6 +85,8 @@ class Scheduler:
             try:
                 self._claim_blocks(plan, sequence, rows)
             except OutOfBlocks:
+                if self.reclaim():
+                    continue
                 victim = max(self.running, key=self._rank)
                 self._preempt(plan, victim)
                 if victim is sequence:
@@ -119,6 +124,8 @@ class Scheduler:
                 hits = sequence.match_prefix()
             else:
                 hits = 0
+            while sequence.table.missing(len(sequence.tokens)) > self.pool.num_available and self.reclaim():
+                continue
             if sequence.table.missing(len(sequence.tokens)) > self.pool.num_available:
                 sequence.table.clear()
                 sequence.num_computed = 0

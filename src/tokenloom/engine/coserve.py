@@ -1,0 +1,373 @@
+"""How much of an iteration training gets: FlexLLM's hybrid token scheduler, and its rivals."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from tokenloom.batch import BatchBuilder
+from tokenloom.cache.block_pool import BlockPool, OutOfBlocks
+from tokenloom.cache.kv_cache import KVCache
+from tokenloom.config import Settings
+from tokenloom.engine.latency_model import Features, LatencyModel, bisect_rows
+from tokenloom.engine.scheduler import Plan, Scheduler
+from tokenloom.engine.slo import iteration_budget_ms
+from tokenloom.engine.training import Profiler, Training
+from tokenloom.models.decoder import Decoder
+
+logger = logging.getLogger("tokenloom.engine")
+
+PROFILE_WAIT_S = 60.0
+SPATIAL_WAIT_S = 0.05
+DYNAMIC_BOUNDS = (32, 1024)
+
+
+@dataclass(slots=True)
+class Iteration:
+    """What one iteration held and took; the rows of a run's report."""
+
+    at_s: float
+    inference_rows: int = 0
+    train_rows: int = 0
+    piece_rows: int = 0
+    """Rows times layers of backward work, and rows of the loss."""
+    planned_ms: float = 0.0
+    measured_ms: float = 0.0
+
+
+class Coserver:
+    """Gives training its part of each iteration (FlexLLM, arXiv 2402.18789). Inference is planned first and
+    never looks at training.
+
+    `before` runs when the iteration's inference is planned: it runs backward pieces and says how many
+    training rows join the batch. `after` hears how long the batch took.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        scheduler: Scheduler,
+        pool: BlockPool,
+        decoder: Decoder,
+        kv: KVCache,
+    ) -> None:
+        self.settings = settings
+        self.mode = settings.coserve.mode
+        self.scheduler, self.pool = scheduler, pool
+        self.decoder, self.kv = decoder, kv
+        self.latency: LatencyModel | None = None
+        self.profiler: Profiler | None = None
+        self.arrivals: Callable[[], bool] = lambda: False
+        """Whether something came in since the iteration was planned; idle training stops for it."""
+        self.trainings: list[Training] = []
+        self.iterations: deque[Iteration] = deque(maxlen=65536)
+        self.num_restarts = 0
+        self._current: Training | None = None
+        self._record = Iteration(0.0)
+        self._features = Features()
+        self._profile_asked_s: float | None = None
+        self._skipped = 0  # iterations in a row in which training got nothing
+        self._since_pass = 0  # temporal sharing: inference iterations since the last training pass
+        self._every = settings.coserve.temporal_every
+        self._queue_before = 0
+        self._thread: ThreadPoolExecutor | None = None
+        self._unit: Future[None] | None = None
+        scheduler.reclaim = self.reclaim
+
+    # -- jobs -------------------------------------------------------------------------------------------
+
+    def add(self, training: Training) -> None:
+        self.trainings.append(training)
+
+    def remove(self, training: Training) -> None:
+        """Forget a job; what it holds is given back."""
+        self.settle()
+        if training in self.trainings:
+            self.trainings.remove(training)
+        training.reclaim()
+        if self._current is training:
+            self._current = None
+
+    @property
+    def has_work(self) -> bool:
+        return self.mode != "off" and any(t.slots_needed() is not None for t in self.trainings)
+
+    def reclaim(self) -> bool:
+        """Inference needs blocks: the pass at hand gives up its own and starts over later."""
+        self.settle()
+        for training in self.trainings:
+            if training.reclaim():
+                self.num_restarts += 1
+                return True
+        return False
+
+    def _next(self) -> Training | None:
+        """The job whose turn it is, with a pass under way; jobs take turns, pass by pass."""
+        if self._current is not None and self._current.slots_needed() == 0:
+            return self._current
+        for training in list(self.trainings):
+            needed = training.slots_needed()
+            if needed is None or not self._room_for(training, needed):
+                continue
+            try:
+                training.begin_pass()
+            except OutOfBlocks:
+                continue
+            except Exception as error:
+                self._fail(training, error)
+                continue
+            # The next pass is another job's, where there is one.
+            self.trainings.remove(training)
+            self.trainings.append(training)
+            self._current = training
+            return training
+        return None
+
+    def _room_for(self, training: Training, slots: int) -> bool:
+        size = self.pool.block_size
+        needed = -(-slots // size) + 2
+        allowed = int(self.pool.num_blocks * self.settings.ft.mem_frac)
+        if needed > allowed:
+            error = MemoryError(
+                f"one training pass needs {needed} blocks of {size} tokens and may have {allowed} of "
+                f"{self.pool.num_blocks} (ft.mem_frac, cache.kv_bytes): shorten max_seq_tokens or retain less"
+            )
+            self._fail(training, error)
+            return False
+        busy = self.scheduler.has_work
+        reserve = self.pool.num_blocks // 10 if busy else 0
+        return not self.scheduler.waiting and self.pool.num_available - needed >= reserve
+
+    def _fail(self, training: Training, error: BaseException) -> None:
+        if not isinstance(error, MemoryError):
+            logger.exception("a training job failed", exc_info=error)
+        if training in self.trainings:
+            self.trainings.remove(training)
+        if self._current is training:
+            self._current = None
+        training.fail(error)
+
+    # -- one iteration ----------------------------------------------------------------------------------
+
+    def before(self, plan: Plan) -> int:
+        """Run the pieces that training is given before this iteration's batch.
+
+        Returns:
+            How many training rows join the batch; `add_rows` adds them.
+        """
+        self._record = Iteration(time.monotonic(), inference_rows=plan.num_rows)
+        self._features = _inference_features(plan)
+        if self.mode == "off" or not self.trainings:
+            return 0
+        try:
+            if self.mode == "coserve":
+                return self._coserve(plan)
+            if self.mode == "spatial":
+                return self._spatial(plan)
+            if self.mode == "ft_only":
+                return self._alone()
+            return self._temporal(plan)
+        except Exception as error:
+            if self._current is None:
+                raise
+            self._fail(self._current, error)
+            return 0
+
+    def add_rows(self, builder: BatchBuilder, rows: int) -> None:
+        """Put the rows that `before` promised at the end of the batch."""
+        assert self._current is not None
+        self._features = self._features + self._current.forward_features(rows)
+        self._current.add_rows(builder, rows)
+        self._record.train_rows = rows
+
+    def after(self, rows: int, measured_ms: float) -> None:
+        """The batch has run, with that many training rows."""
+        if rows and self._current is not None:
+            self._current.forward_done(rows)
+        if self.latency is not None:
+            self._record.planned_ms += self.latency.planned(self._features)
+            self.latency.observe(self._features, measured_ms)
+        self._record.measured_ms += measured_ms
+        self.iterations.append(self._record)
+
+    def no_batch(self) -> None:
+        """The iteration had no batch, only pieces."""
+        if self._record.piece_rows:
+            self.iterations.append(self._record)
+
+    # -- co-serving -------------------------------------------------------------------------------------
+
+    def _coserve(self, plan: Plan) -> int:
+        if self.latency is None:
+            self._profile(plan)
+        if self.latency is None:
+            return 0
+        training = self._next()
+        if training is None:
+            return 0
+        budget = iteration_budget_ms(plan, self.scheduler, self.settings)
+        base = self.latency.planned(self._features) if plan.rows else 0.0
+        rows = self._fill(training, plan, budget - base, base)
+        worked = rows > 0 or self._record.piece_rows > 0
+        self._skipped = 0 if worked else self._skipped + 1
+        every = self.settings.ft.min_progress
+        if every and self._skipped >= every:
+            self._skipped = 0
+            return self._smallest(training, plan)
+        return rows
+
+    def _fill(self, training: Training, plan: Plan, room_ms: float, base_ms: float) -> int:
+        """Pieces while they fit into `room_ms`, then forward rows; returns the rows."""
+        start = time.monotonic()
+        current: Training | None = training
+        while current is not None:
+            room = room_ms - (time.monotonic() - start) * 1e3
+            if room <= 0 or (self._record.piece_rows and self.arrivals()):
+                return 0
+            if current.forward_left():
+                if self._record.piece_rows and not plan.rows:
+                    return 0  # the idle iteration has done its part; look for arrivals first
+                return self._rows_within(current, plan, base_ms + room)
+            rows = self._piece_within(current, room)
+            if not rows:
+                return 0
+            self._run_piece(current, rows)
+            current = self._next()
+        return 0
+
+    def _rows_within(self, training: Training, plan: Plan, budget_ms: float) -> int:
+        """The most forward rows with which the batch stays within the budget."""
+        assert self.latency is not None
+        features, planned = self._features, self.latency.planned
+        free = self.settings.scheduler.max_batch_tokens - plan.num_rows
+        limit = min(training.forward_left(), free, self.settings.ft.max_fwd_tokens)
+        return bisect_rows(limit, lambda n: planned(features + training.forward_features(n)) <= budget_ms)
+
+    def _piece_within(self, training: Training, room_ms: float) -> int:
+        """The most rows of the next piece that fit; 0 if they are too few to be worth a piece."""
+        assert self.latency is not None
+        planned = self.latency.planned
+        limit = min(training.piece_rows(), self.settings.ft.bwd_window)
+        rows = bisect_rows(limit, lambda n: planned(training.piece_features(n)) <= room_ms)
+        return rows if rows >= min(self.settings.ft.min_rows, limit) else 0
+
+    def _smallest(self, training: Training, plan: Plan) -> int:
+        if training.forward_left():
+            room = self.settings.scheduler.max_batch_tokens - plan.num_rows
+            return min(training.forward_left(), self.settings.ft.min_rows, room)
+        self._run_piece(training, min(training.piece_rows(), self.settings.ft.min_rows))
+        return 0
+
+    def _run_piece(self, training: Training, rows: int) -> None:
+        features = training.piece_features(rows)
+        start = time.monotonic()
+        training.run_piece(rows)
+        measured_ms = (time.monotonic() - start) * 1e3
+        self._record.piece_rows += features.bwd_rows + features.loss_rows
+        self._record.measured_ms += measured_ms
+        if self.latency is not None:
+            self._record.planned_ms += self.latency.planned(features)
+            self.latency.observe(features, measured_ms)
+
+    def _profile(self, plan: Plan) -> None:
+        """One cell of the profile, in a moment without inference (or when there has been none for long)."""
+        if self.profiler is None:
+            return
+        now = time.monotonic()
+        if self._profile_asked_s is None:
+            self._profile_asked_s = now
+        if not self.scheduler.has_work or now - self._profile_asked_s > PROFILE_WAIT_S:
+            self.latency = self.profiler.run_cell()
+            if self.latency is not None:
+                self.profiler = None
+
+    # -- the rivals -------------------------------------------------------------------------------------
+
+    def _alone(self) -> int:
+        """Only training: as large windows as the settings allow."""
+        ft, start = self.settings.ft, time.monotonic()
+        while (training := self._next()) is not None and not self.arrivals():
+            if training.forward_left():
+                return min(training.forward_left(), self.settings.scheduler.max_batch_tokens)
+            self._run_piece(training, min(training.piece_rows(), ft.bwd_window))
+            if time.monotonic() - start > 0.5:
+                return 0
+        return 0
+
+    def _temporal(self, plan: Plan) -> int:
+        """A whole pass, forward and backward, each `every` iterations; nothing else runs meanwhile."""
+        self._since_pass += bool(plan.rows)
+        if plan.rows and self._since_pass < self._every:
+            return 0
+        training = self._next()
+        if training is None:
+            return 0
+        if self.mode == "dynamic_temporal":
+            self._adapt()
+        self._since_pass = 0
+        while training.slots_needed() == 0:
+            self._unit_of(training)
+        return 0
+
+    def _adapt(self) -> None:
+        """Twice as rare when the queue grows or a request is late, else twice as often (the rule is ours: the
+        paper does not print its own)."""
+        queue = len(self.scheduler.waiting)
+        plan = Plan({s: 1 for s in self.scheduler.running})
+        late = bool(plan.rows) and iteration_budget_ms(plan, self.scheduler, self.settings) < 0
+        low, high = DYNAMIC_BOUNDS
+        wanted = self._every * 2 if queue > self._queue_before or late else self._every // 2
+        self._every, self._queue_before = min(max(wanted, low), high), queue
+
+    def _spatial(self, plan: Plan) -> int:
+        """The same work in a thread of its own, beside inference and with no budget."""
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenloom-training")
+        if self._unit is not None:
+            if not self._unit.done():
+                if not plan.rows:
+                    self._wait(SPATIAL_WAIT_S)
+                return 0
+            self.settle()
+        training = self._next()
+        if training is not None:
+            self._unit = self._thread.submit(self._unit_of, training)
+        return 0
+
+    def _wait(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while self._unit is not None and not self._unit.done() and not self.arrivals():
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.001)
+
+    def settle(self) -> None:
+        """Wait for the work that runs beside the engine's thread, if any."""
+        unit, self._unit = self._unit, None
+        if unit is not None:
+            unit.result()
+
+    def _unit_of(self, training: Training) -> None:
+        """A window of forward rows in a batch of its own, or one piece."""
+        if not training.forward_left():
+            self._run_piece(training, min(training.piece_rows(), self.settings.ft.bwd_window))
+            return
+        rows = min(training.forward_left(), self.settings.ft.max_fwd_tokens)
+        builder = BatchBuilder(self.decoder.device)
+        training.add_rows(builder, rows)
+        self.decoder.forward(builder.build(), self.kv)
+        training.forward_done(rows)
+        self._record.train_rows += rows
+
+
+def _inference_features(plan: Plan) -> Features:
+    features = Features(rows=plan.num_rows)
+    for sequence, rows in plan.rows.items():
+        start = sequence.num_computed
+        features.context += rows * start + rows * (rows + 1) // 2
+        features.head_rows += start + rows == len(sequence.tokens)
+    return features
