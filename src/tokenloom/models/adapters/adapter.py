@@ -139,6 +139,19 @@ class Adapter:
         return self.flat.numel() * self.flat.element_size()
 
 
-def targets_of(site: str, wanted: Sequence[str]) -> list[str]:
-    """The linears of a site that are wanted, in their stacked order."""
-    return [linear for linear in SITES[site] if linear in wanted]
+def check_targets(option: str, targets: Sequence[str], allowed: Sequence[str]) -> None:
+    """Raise AdapterError if a target is none of the allowed linears, bare or of one layer (`3.q_proj`)."""
+    for target in targets:
+        layer, dot, linear = target.rpartition(".")
+        if linear not in allowed or (dot and not layer.isdecimal()):
+            raise AdapterError(f"{option}: {target!r} is not one of {', '.join(allowed)}, nor of one layer")
+
+
+def is_target(layer: int, linear: str, targets: Sequence[str]) -> bool:
+    """Whether targets name the linear for all layers (`q_proj`) or for this one (`3.q_proj`)."""
+    return linear in targets or f"{layer}.{linear}" in targets
+
+
+def targets_of(layer: int, site: str, targets: Sequence[str]) -> list[str]:
+    """The targeted linears of one layer's site, in their stacked order."""
+    return [linear for linear in SITES[site] if is_target(layer, linear, targets)]

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tokenloom.kernels import Kernels, Linear
-from tokenloom.models.adapters.adapter import Params, targets_of
-from tokenloom.models.adapters.sites import LINEARS, MODULE, Dims
+from tokenloom.models.adapters.adapter import Params, check_targets, targets_of
+from tokenloom.models.adapters.sites import LINEARS, MODULE, Dims, module_suffix
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class LoraConfig:
         r, alpha: rank and scale of every target that has no entry of its own in `ranks` and `alphas`.
         dropout: on x, while training only. Linears that read the same x (q, k and v; gate and up) drop the
             same elements of it.
-        targets: any of the seven linears.
+        targets: any of the seven linears, each in all layers (`q_proj`) or in one (`3.q_proj`).
         ranks, alphas: by linear (`q_proj`) or by layer and linear (`3.q_proj`), the latter first.
         layers: which layers have the adapter; None means all.
     """
@@ -37,6 +37,9 @@ class LoraConfig:
     alphas: Mapping[str, float] = field(default_factory=dict)
     layers: frozenset[int] | None = None
     kind = "lora"
+
+    def __post_init__(self) -> None:
+        check_targets("targets", self.targets, LINEARS)
 
     def rank(self, layer: int, linear: str) -> int:
         return self.ranks.get(f"{layer}.{linear}", self.ranks.get(linear, self.r))
@@ -87,11 +90,11 @@ class LoraConfig:
             "r": self.r,
             "lora_alpha": self.alpha,
             "lora_dropout": self.dropout,
-            "target_modules": sorted(self.targets),
+            "target_modules": sorted(map(module_suffix, self.targets)),
             "use_rslora": self.rslora,
             "bias": "none",
-            "rank_pattern": {_module(key): rank for key, rank in self.ranks.items()},
-            "alpha_pattern": {_module(key): alpha for key, alpha in self.alphas.items()},
+            "rank_pattern": _pattern(self.ranks),
+            "alpha_pattern": _pattern(self.alphas),
         }
         if self.layers is not None:
             config |= {"layers_to_transform": sorted(self.layers), "layers_pattern": "layers"}
@@ -100,12 +103,12 @@ class LoraConfig:
     def _targets(self, layer: int, site: str) -> list[str]:
         if self.layers is not None and layer not in self.layers:
             return []
-        return targets_of(site, self.targets)
+        return targets_of(layer, site, self.targets)
 
 
 class Lora:
     """LoRA at one site. The A of linears that read the same x are stacked: `params` is (A `[sum r, in]`, and
-    a B `[out, r]` per linear); `parts` says, per linear, its columns of z = x Aᵀ, its columns of y, its scale.
+    a B `[out, r]` per linear); `parts` says, per linear, its columns of z = x Aᵀ and of y, and its scale.
     """
 
     def __init__(self, params: Params, parts: list[tuple[slice, slice, float]]) -> None:
@@ -140,7 +143,7 @@ class Lora:
         return z
 
 
-def _module(key: str) -> str:
-    """`q_proj` and `3.q_proj` as the names that PEFT matches by their end."""
-    layer, _, linear = key.rpartition(".")
-    return f"layers.{layer}.{MODULE[linear]}" if layer else linear
+def _pattern(values: Mapping[str, float]) -> dict[str, float]:
+    """PEFT takes the first key that matches, so those of one layer come first."""
+    keys = sorted(values, key=lambda key: ("." not in key, key))
+    return {module_suffix(key): values[key] for key in keys}

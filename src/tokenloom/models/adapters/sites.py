@@ -52,3 +52,9 @@ class Dims:
     def width_out(self, linear: str) -> int:
         rows = self.rows[linear]
         return rows.stop - rows.start
+
+
+def module_suffix(target: str) -> str:
+    """`q_proj` and `3.q_proj` as the endings of module names by which PEFT finds them."""
+    layer, _, linear = target.rpartition(".")
+    return f"layers.{layer}.{MODULE[linear]}" if layer else linear
