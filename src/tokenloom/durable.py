@@ -22,7 +22,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     aside.mkdir()
     try:
         yield aside
-        for path in (*aside.iterdir(), aside):
+        for path in (*sorted(aside.iterdir()), aside):
             sync(path)
         if folder.exists():
             shutil.rmtree(folder)

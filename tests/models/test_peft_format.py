@@ -22,6 +22,7 @@ from test_decoder import in_float64
 from torch import Tensor
 
 from tiny_models import build_tiny
+from tokenloom import durable
 from tokenloom.models.adapters import (
     LINEARS,
     Adapter,
@@ -32,7 +33,6 @@ from tokenloom.models.adapters import (
     read_config,
     save_adapter,
 )
-from tokenloom.models.adapters import peft_format as module
 from tokenloom.models.config import ModelConfig
 from tokenloom.models.loader import read_config as read_model_config
 
@@ -456,14 +456,13 @@ def test_any_json_in_the_configuration_is_refused_or_read(
         assert len(adapter.tensors()) == 28
 
 
-def test_an_existing_folder_is_left_alone(tmp_path: Path, tiny_shape: ModelConfig) -> None:
+def test_an_existing_folder_is_replaced(tmp_path: Path, tiny_shape: ModelConfig) -> None:
     adapter = random_adapter(CONFIGS["ia3"], Dims.of(tiny_shape))
     save_adapter(adapter, tmp_path / "saved", "base")
-    before = (tmp_path / "saved" / "adapter_model.safetensors").read_bytes()
     adapter.flat.zero_()
-    with pytest.raises(AdapterError, match="saved: exists already"):
-        save_adapter(adapter, tmp_path / "saved", "base")
-    assert (tmp_path / "saved" / "adapter_model.safetensors").read_bytes() == before
+    save_adapter(adapter, tmp_path / "saved", "base")
+    assert not load(tmp_path / "saved", tiny_shape).flat.any()
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
@@ -474,9 +473,9 @@ def test_a_save_that_fails_leaves_nothing(
         assert not (tmp_path / "saved").exists()
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(module.os, step, fail)
+    monkeypatch.setattr(durable.os, step, fail)
     adapter = random_adapter(CONFIGS["ia3"], Dims.of(tiny_shape))
-    with pytest.raises(AdapterError, match=r"saved: cannot be written \(the disk is full\)"):
+    with pytest.raises(OSError, match="the disk is full"):
         save_adapter(adapter, tmp_path / "saved", "base")
     assert list(tmp_path.iterdir()) == []
 
@@ -495,8 +494,8 @@ def test_everything_is_synced_before_the_folder_appears(
         steps.append("replace")
         replace(source, target)
 
-    monkeypatch.setattr(module.os, "fsync", synced)
-    monkeypatch.setattr(module.os, "replace", replaced)
+    monkeypatch.setattr(durable.os, "fsync", synced)
+    monkeypatch.setattr(durable.os, "replace", replaced)
     folder = tmp_path / "saved"
     save_adapter(random_adapter(CONFIGS["ia3"], Dims.of(tiny_shape)), folder, "base")
     config, tensors, own, parent = (

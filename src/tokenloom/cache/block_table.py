@@ -20,10 +20,13 @@ class BlockTable:
         """How many blocks must still be taken to hold `num_tokens`."""
         return -(-num_tokens // self.pool.block_size) - len(self.blocks)
 
-    def grow(self, num_tokens: int, room: int = 1) -> None:
-        """Take blocks until `num_tokens` fit; blocks taken before OutOfBlocks is raised are kept."""
+    def grow(self, num_tokens: int, room: int = 1, after: int | None = None) -> None:
+        """Take blocks until `num_tokens` fit; blocks taken before OutOfBlocks is raised are kept.
+
+        An empty table leaves `room` blocks until the next empty one begins, or begins after block `after`.
+        """
         for _ in range(self.missing(num_tokens)):
-            self._append(self.pool.allocate(self.blocks[-1] if self.blocks else None, room))
+            self._append(self.pool.allocate(self.blocks[-1] if self.blocks else after, room))
 
     def _append(self, block: int) -> None:
         if self.blocks and block != self.blocks[-1] + 1:

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from functools import partial
 
 from tokenloom.config import Settings
+from tokenloom.engine.adapters import LoadedAdapter
 from tokenloom.engine.engine import Engine
 from tokenloom.engine.outputs import StepOutput
 from tokenloom.engine.request import Request
@@ -81,6 +82,7 @@ class AsyncEngine:
         self._stopping = False
         self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
+        engine.coserver.arrivals = lambda: bool(self._inbox)
 
     # -- life -------------------------------------------------------------------------------------------
 
@@ -131,21 +133,31 @@ class AsyncEngine:
         request_id: str,
         priority: int = 0,
         cache_salt: str | None = None,
+        adapter: LoadedAdapter | None = None,
     ) -> Stream:
-        """Start a request.
+        """Start a request; `adapter` is one of `engine.adapters`.
 
         Raises:
             RequestError: it can never be served; the message names the field.
             EngineBusyError: the queue is full.
             EngineStoppedError: the engine is draining or has stopped.
         """
-        request = Request(request_id, prompt_token_ids, params, priority=priority, cache_salt=cache_salt)
+        request = Request(
+            request_id,
+            prompt_token_ids,
+            params,
+            priority=priority,
+            cache_salt=cache_salt,
+            adapter=adapter,
+        )
         return self._submit(request)
 
-    async def embed(self, prompt_token_ids: list[int], *, request_id: str) -> list[float]:
+    async def embed(
+        self, prompt_token_ids: list[int], *, request_id: str, adapter: LoadedAdapter | None = None
+    ) -> list[float]:
         """The mean of the prompt's last hidden states, `[hidden_size]`. Raises as `generate` does."""
         params = SamplingParams(max_tokens=0)
-        stream = self._submit(Request(request_id, prompt_token_ids, params, kind="embed"))
+        stream = self._submit(Request(request_id, prompt_token_ids, params, kind="embed", adapter=adapter))
         async with contextlib.aclosing(stream):
             async for output in stream:
                 if output.embedding is not None:
@@ -157,6 +169,8 @@ class AsyncEngine:
             raise EngineStoppedError(
                 "the server is shutting down" if self._draining else "the engine stopped"
             )
+        if self.settings.coserve.mode == "ft_only":
+            raise EngineStoppedError("coserve.mode is ft_only: this server trains and answers no requests")
         waiting = self._num_queued + len(self.engine.scheduler.waiting)
         limit = self.settings.scheduler.max_waiting
         if waiting >= limit:
@@ -170,6 +184,10 @@ class AsyncEngine:
             self._num_queued += 1
         self._send(partial(self._take, request))
         return stream
+
+    def run(self, command: Callable[[], None]) -> None:
+        """Have something done on the engine's thread, between two iterations."""
+        self._send(command)
 
     def stats(self) -> EngineStats:
         return self.engine.stats()

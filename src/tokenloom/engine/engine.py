@@ -21,9 +21,10 @@ from tokenloom.engine.sampler import sample, token_logprobs
 from tokenloom.engine.scheduler import Plan, Scheduler
 from tokenloom.engine.stats import EngineStats, RequestTiming
 from tokenloom.errors import ModelError, RequestError
+from tokenloom.heap import keep_freed_memory, release_freed_memory
 from tokenloom.kernels import get_kernels
 from tokenloom.models.decoder import Decoder
-from tokenloom.models.loader import ModelFiles, open_model, release_freed_memory
+from tokenloom.models.loader import ModelFiles, open_model
 from tokenloom.text.detokenizer import Detokenizer
 
 # Prompt log-probabilities need the logits of every prompt row; this many rows of them exist at a time.
@@ -64,6 +65,7 @@ class Engine:
         kernels = get_kernels(settings.model.backend)
         self.decoder = Decoder(files.config, files.weights, kernels, self.dtype, self.device)
         release_freed_memory()
+        keep_freed_memory()
         self.max_model_len = min(
             files.config.max_position, settings.model.max_model_len or files.config.max_position
         )

@@ -20,14 +20,15 @@ class LossSums:
 class Objective(Protocol):
     """Loss and gradient by windows: the logits of a whole sequence never exist."""
 
-    def backward(self, logits: Tensor, labels: Tensor, weights: Tensor, scale: float) -> LossSums:
-        """Overwrite logits with the gradient of `scale` times the sum of weights times losses.
+    def backward(self, logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[LossSums, Tensor]:
+        """The sums, and the gradient of each row's own loss by its logits, `[n, vocab]`.
+
+        Weights enter the sums only: the caller scales the rows of the gradient where they are short.
 
         Args:
-            logits: `[n, vocab]`.
+            logits: `[n, vocab]`; may be overwritten.
             labels: `[n]`, the token that follows each row.
             weights: `[n]`, weights of the rows in the loss, above 0.
-            scale: 1 over the sum of weights of everything that one optimizer step sees.
         """
 
     def evaluate(self, logits: Tensor, labels: Tensor, weights: Tensor) -> LossSums:
@@ -37,22 +38,15 @@ class Objective(Protocol):
 class SupervisedFinetuning:
     """Cross-entropy with the next token."""
 
-    def backward(self, logits: Tensor, labels: Tensor, weights: Tensor, scale: float) -> LossSums:
-        logits, sums = self._log_softmax(logits, labels, weights)
-        logits.exp_()
-        rows = torch.arange(len(labels), device=labels.device)
-        logits[rows, labels] -= 1
-        logits.mul_((weights * scale)[:, None])
-        return sums
+    def backward(self, logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[LossSums, Tensor]:
+        best, choice = logits.max(dim=-1, keepdim=True)
+        probabilities = torch.softmax(logits, dim=-1)
+        # log sum exp from the likeliest token, whose probability is never too small for a logarithm.
+        log_sum = best - probabilities.gather(1, choice).log()
+        losses = (log_sum - logits.gather(1, labels[:, None]))[:, 0]
+        probabilities[torch.arange(len(labels), device=labels.device), labels] -= 1
+        return LossSums((losses * weights).sum(), (choice[:, 0] == labels).sum()), probabilities
 
     def evaluate(self, logits: Tensor, labels: Tensor, weights: Tensor) -> LossSums:
-        return self._log_softmax(logits, labels, weights)[1]
-
-    @staticmethod
-    def _log_softmax(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, LossSums]:
-        """Log-probabilities in place of the logits, and the sums."""
-        best, choice = logits.max(dim=-1, keepdim=True)
-        logits.sub_(best)
-        logits.sub_(logits.logsumexp(-1, keepdim=True))
-        losses = -logits.gather(1, labels[:, None])[:, 0] * weights
-        return logits, LossSums(losses.sum(), (choice[:, 0] == labels).sum())
+        losses = logits.logsumexp(-1) - logits.gather(1, labels[:, None])[:, 0]
+        return LossSums((losses * weights).sum(), (logits.argmax(-1) == labels).sum())

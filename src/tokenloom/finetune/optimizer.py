@@ -38,7 +38,10 @@ class Optimizer:
         self.max_norm = training.max_grad_norm
         self._optimizer: torch.optim.Optimizer
         if training.optimizer == "adamw":
-            self._optimizer = torch.optim.AdamW([flat], lr=self.peak, weight_decay=training.weight_decay)
+            # Fused: one pass over memory instead of ten.
+            self._optimizer = torch.optim.AdamW(
+                [flat], lr=self.peak, weight_decay=training.weight_decay, fused=True
+            )
         else:
             self._optimizer = torch.optim.SGD([flat], lr=self.peak, weight_decay=training.weight_decay)
 

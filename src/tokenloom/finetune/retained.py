@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -41,17 +42,33 @@ def slots_per_token(config: ModelConfig, retain: Retain) -> float:
     return 1 + sum(-(-width // unit) for width in site_widths(config, retain).values()) / 2
 
 
+def blocks_needed(config: ModelConfig, num_rows: int, retain: Retain, block_size: int) -> int:
+    """Blocks that the activations of so many rows take, keys and values not included."""
+    return math.ceil(num_rows * (slots_per_token(config, retain) - 1) / block_size)
+
+
 class Retained:
     """Activations of T rows in every layer, in blocks claimed from the pool.
 
     A slot holds two units of Hk * D numbers, its key's and its value's place. A site's rows lie one after
     another, each in as many units as it needs; with consecutive blocks reading is a view.
 
+    Args:
+        after: the block after which to look for free ones.
+
     Raises:
         OutOfBlocks: the pool has too few; nothing is held then.
     """
 
-    def __init__(self, config: ModelConfig, kv: KVCache, pool: BlockPool, num_rows: int, retain: Retain):
+    def __init__(
+        self,
+        config: ModelConfig,
+        kv: KVCache,
+        pool: BlockPool,
+        num_rows: int,
+        retain: Retain,
+        after: int | None = None,
+    ) -> None:
         self.kv = kv
         self.num_rows = num_rows
         self._unit = config.num_kv_heads * config.head_dim
@@ -64,7 +81,7 @@ class Retained:
         num_slots = -(-units // 2)
         self.table = BlockTable(pool)
         try:
-            self.table.grow(num_slots, -(-num_slots // pool.block_size))
+            self.table.grow(num_slots, after=after)
         except BaseException:
             self.table.clear()
             raise

@@ -16,10 +16,14 @@ from tokenloom.cache.kv_cache import KVCache
 from tokenloom.finetune.backward import AttentionPart, Kept, LayerBackward, Window, rms_norm_backward
 from tokenloom.finetune.data import Sample
 from tokenloom.finetune.objective import LossSums, Objective
-from tokenloom.finetune.retained import Retain, Retained
+from tokenloom.finetune.retained import Retain, Retained, blocks_needed
 from tokenloom.kernels import KVSpan
 from tokenloom.models.adapters.adapter import Adapter
 from tokenloom.models.decoder import Decoder
+
+ATTENTION_ROWS = 128
+"""Attention goes through a window's rows in tiles of so many: its weights, `[Hq, rows, keys]`, stay in the
+caches, and less of the masked triangle is computed."""
 
 KeepFor = Callable[[int, int], Keep | None]
 """(begin, end) -> dropout of those rows of the pass."""
@@ -88,10 +92,16 @@ class TrainingPass:
         self.weight = sum(weights)
         self.retained: Retained | None = None
         try:
+            blocks = [-(-len(segment.tokens) // pool.block_size) for segment in self.segments]
+            kept = 0 if grads is None else blocks_needed(model.config, self.num_rows, retain, pool.block_size)
+            # At the pool's far end, pass after pass in the same memory: fresh pages would cost more than
+            # what is written to them, and requests keep the near end for themselves.
+            last = pool.num_blocks - sum(blocks) - kept - 1
             for segment in self.segments:
-                segment.table.grow(len(segment.tokens), -(-len(segment.tokens) // pool.block_size))
+                segment.table.grow(len(segment.tokens), after=last)
+                last = segment.table.blocks[-1]
             if grads is not None:
-                self.retained = Retained(model.config, kv, pool, self.num_rows, retain)
+                self.retained = Retained(model.config, kv, pool, self.num_rows, retain, after=last)
         except BaseException:
             self.release()
             raise
@@ -182,11 +192,13 @@ class TrainingPass:
         if self.grads is None:
             self._add_loss(self.objective.evaluate(logits, labels, weights))
         else:
-            self._add_loss(self.objective.backward(logits, labels, weights, self.scale))
+            sums, d_logits = self.objective.backward(logits, labels, weights)
+            self._add_loss(sums)
+            d_normed = (d_logits @ model.head).mul_((weights * self.scale)[:, None])
             # Rows before and between the labelled ones have no loss of their own.
             begin = self.labelled[first - 1] + 1 if first else 0
             self.hidden[begin : self.labelled[last - 1] + 1] = 0
-            self.hidden[at] = rms_norm_backward(logits @ model.head, x, model.norm, eps)
+            self.hidden[at] = rms_norm_backward(d_normed, x, model.norm, eps)
         self.num_losses = last
         if last == len(self.labelled):
             self.phase = Phase.DONE if self.grads is None else Phase.BACKWARD
@@ -214,8 +226,9 @@ class TrainingPass:
         assert self.grads is not None and self.retained is not None
         n, begin, end = self.layer, self.end - rows, self.end
         parts = [
-            AttentionPart(first, last, segment.start, self._span(segment, last))
+            self._attention_part(segment, tile, min(tile + ATTENTION_ROWS, last))
             for segment, first, last in self._within(begin, end)
+            for tile in range(first, last, ATTENTION_ROWS)
         ]
         window = Window(
             index=n,
@@ -246,10 +259,11 @@ class TrainingPass:
             if n == 0:
                 self.phase = Phase.DONE
 
-    def _span(self, segment: _Segment, last: int) -> KVSpan:
-        length = last - segment.start
+    def _attention_part(self, segment: _Segment, begin: int, end: int) -> AttentionPart:
+        length = end - segment.start
         blocks = segment.table.blocks[: -(-length // self.pool.block_size)]
-        return KVSpan(0, length, length, blocks, segment.table.contiguous)
+        span = KVSpan(0, length, length, blocks, segment.table.contiguous)
+        return AttentionPart(begin, end, segment.start, span)
 
     @staticmethod
     def _rows(rotation: tuple[Tensor, Tensor], begin: int, end: int) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
 import math
 from collections import Counter
@@ -95,13 +93,3 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelError(f"{file}: must hold a JSON object")
     return content
-
-
-def release_freed_memory() -> None:
-    """Give back to the system what reading and dequantising weights left behind.
-
-    glibc keeps freed pieces of its heap (100 to 200 MB after loading the default model); other allocators
-    need no asking.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)

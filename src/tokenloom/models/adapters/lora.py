@@ -116,24 +116,32 @@ class Lora:
         self.parts = parts
 
     def forward(self, x: Tensor, y: Tensor, linear: Linear, kernels: Kernels, keep: Tensor | None) -> None:
-        z = self._middle(kernels.linear(x if keep is None else x * keep, self.params[0]))
+        z = self._middle(kernels.linear(self._input(x, keep), self.params[0]))
         for (rank, out, _), b in zip(self.parts, self.params[1:], strict=True):
-            kernels.add_linear(y[:, out], z[:, rank], b)
+            if b.dtype == y.dtype:
+                kernels.add_linear(y[:, out], z[:, rank], b)
+            else:
+                y[:, out] += kernels.linear(z[:, rank], b).to(y.dtype)
 
     def backward(
         self, dy: Tensor, x: Tensor, linear: Linear, kernels: Kernels, keep: Tensor | None, grads: Params
     ) -> tuple[Tensor, Tensor | None]:
         a = self.params[0]
-        x = x if keep is None else x * keep
+        x, wide_dy = self._input(x, keep), dy.to(a.dtype)
         z = self._middle(kernels.linear(x, a))
         dz = torch.empty_like(z)
         for (rank, out, _), b, grad in zip(self.parts, self.params[1:], grads[1:], strict=True):
-            grad.addmm_(dy[:, out].t(), z[:, rank])
-            torch.mm(dy[:, out], b, out=dz[:, rank])
+            grad.addmm_(wide_dy[:, out].t(), z[:, rank])
+            torch.mm(wide_dy[:, out], b, out=dz[:, rank])
         dz = self._middle(dz)
         grads[0].addmm_(dz.t(), x)
-        dx = dz @ a
-        return dy, dx if keep is None else dx * keep
+        dx = dz @ a if keep is None else (dz @ a) * keep
+        return dy, dx.to(dy.dtype)
+
+    def _input(self, x: Tensor, keep: Tensor | None) -> Tensor:
+        """x in the parameters' type, which in training is wider than a half-precision model's."""
+        x = x.to(self.params[0].dtype)
+        return x if keep is None else x * keep
 
     def _middle(self, z: Tensor) -> Tensor:
         """z `[n, sum r]` times each part's scale, in place."""

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from tokenloom.durable import new_folder
 from tokenloom.models.adapters.adapter import Adapter, AdapterError
 from tokenloom.models.adapters.peft_config import CONFIG_FILE, read_config
 from tokenloom.models.adapters.sites import Dims
@@ -67,33 +65,23 @@ def save_adapter(adapter: Adapter, folder: Path, base_model: str) -> None:
     """Write an adapter as PEFT does; the folder appears complete or not at all, whenever the machine stops.
 
     Args:
-        folder: must not exist yet.
+        folder: replaced if it exists.
         base_model: the name under which PEFT looks the base model up.
 
     Raises:
-        AdapterError: the folder exists, or cannot be written.
+        OSError: the folder cannot be written.
     """
-    if folder.exists():
-        raise AdapterError(f"{folder}: exists already")
     config = {"base_model_name_or_path": base_model, "inference_mode": True, **adapter.config.to_json()}
     tensors = {
         _PREFIX + name: tensor.detach().to("cpu", copy=True).contiguous()
         for name, tensor in adapter.tensors().items()
     }
-    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside.mkdir()
+    with new_folder(folder) as aside:
         (aside / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-        save_file(tensors, aside / TENSORS_FILE, metadata={"format": "pt"})
-        for path in (aside / CONFIG_FILE, aside / TENSORS_FILE, aside):
-            _sync(path)
-        os.replace(aside, folder)
-        _sync(folder.parent)
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{folder}: cannot be written ({error})") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            save_file(tensors, aside / TENSORS_FILE, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{folder}: cannot be written ({error})") from error
 
 
 def _check(file: Path, tensors: Any, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -116,12 +104,3 @@ def _check(file: Path, tensors: Any, shapes: dict[str, tuple[int, ...]]) -> None
             raise AdapterError(
                 f"{file}: tensor {name!r} has type {stored.get_dtype()}; {', '.join(_FLOATS)} can be read"
             )
-
-
-def _sync(path: Path) -> None:
-    """Bring a file's bytes, or a folder's entries, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
