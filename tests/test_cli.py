@@ -109,13 +109,13 @@ def test_bench_reports_json_with_a_profile(folder: Path) -> None:
     )
 
 
-def test_serve_announces_serves_and_stops_on_sigterm(folder: Path) -> None:
+def test_serve_announces_serves_and_stops_on_sigterm(folder: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "tokenloom", "serve", "-m", str(folder), "--port", "0"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "COLUMNS": "200", "PYTHONUNBUFFERED": "1"},
+        env={**os.environ, "COLUMNS": "200", "PYTHONUNBUFFERED": "1", "TOKENLOOM_HOME": str(tmp_path)},
     )
     assert process.stdout is not None
     try:

@@ -142,6 +142,10 @@ class ServerSettings(_Branch):
     api_keys: list[Annotated[SecretStr, Field(min_length=1)]] = Field(
         default_factory=list, description="Empty: no key is asked for."
     )
+    admin_keys: list[Annotated[SecretStr, Field(min_length=1)]] = Field(
+        default_factory=list,
+        description="For loading adapters, and for all else; empty: api_keys are enough for that.",
+    )
     served_model_name: str = Field("", description="Name in /v1/models; empty: the model's own.")
     cors_origins: list[str] = Field(default_factory=list, description="Empty: no cross-origin access.")
     allowed_hosts: list[str] = Field(

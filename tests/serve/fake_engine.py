@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 from tiny_models import CHAT_TEMPLATE, tiny_tokenizer
 from tokenloom.config import Settings
+from tokenloom.engine.adapters import AdapterRegistry, LoadedAdapter
 from tokenloom.engine.outputs import Delta, StepOutput, TokenLogprob
 from tokenloom.engine.sampling_params import SamplingParams
 from tokenloom.engine.stats import EngineStats, RequestTiming
@@ -40,6 +42,7 @@ class FakeEngine:
         self.settings = settings
         self.step_s = step_s
         self.tokenizer = Tokenizer(tiny_tokenizer(), SPECIAL, {"default": chat_template}, "fake")
+        self.engine = SimpleNamespace(adapters=AdapterRegistry(settings.adapters.max_loaded))
         self.calls: list[Call] = []
         self.aborted: list[str] = []
         self.refuse: Exception | None = None
@@ -80,13 +83,16 @@ class FakeEngine:
         request_id: str,
         priority: int = 0,
         cache_salt: str | None = None,
+        adapter: LoadedAdapter | None = None,
     ) -> FakeStream:
         self._admit(prompt_token_ids)
         call = Call(request_id, prompt_token_ids, params, priority, cache_salt)
         self.calls.append(call)
         return FakeStream(self, call)
 
-    async def embed(self, prompt_token_ids: list[int], *, request_id: str) -> list[float]:
+    async def embed(
+        self, prompt_token_ids: list[int], *, request_id: str, adapter: LoadedAdapter | None = None
+    ) -> list[float]:
         self._admit(prompt_token_ids)
         try:
             await asyncio.sleep(self.step_s)

@@ -12,25 +12,28 @@ import uvicorn
 
 from tokenloom.config import Settings, load_settings
 from tokenloom.serve.app import _Server, create_app
+from tokenloom.serve.jobs import Jobs
 
 
 def settings(**flags: Any) -> Settings:
-    """Settings with `server__api_keys=[...]` for `server.api_keys` and so on."""
+    """Settings with `server__api_keys=[...]` for `server.api_keys` and so on. No folder of this machine is
+    read unless the test names one."""
+    flags.setdefault("adapters__watch", "adapters__folder" in flags)
     return load_settings({key.replace("__", ".", 1): value for key, value in flags.items()})
 
 
 class Running:
     """Serves `engine` on a free port of 127.0.0.1 until `stop`."""
 
-    def __init__(self, engine: Any, routers: Any = ()) -> None:
+    def __init__(self, engine: Any, routers: Any = (), jobs: Jobs | None = None) -> None:
         self.engine = engine
-        self.app = create_app(engine, engine.settings, routers)
+        self.app = create_app(engine, engine.settings, routers, jobs)
         listener = socket.socket()
         listener.bind(("127.0.0.1", 0))
         self.port = listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         config = uvicorn.Config(self.app, log_level="critical", ws="none", timeout_graceful_shutdown=5)
-        self.server = _Server(config, engine, engine.settings.server.drain_timeout_s)
+        self.server = _Server(config, engine, engine.settings.server.drain_timeout_s, jobs)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listener]}, daemon=True)
         self.thread.start()
         wait_for(lambda: self.server.started)

@@ -59,16 +59,21 @@ sys.path[:0] = {paths!r}
 from fake_engine import FakeEngine
 from running import settings
 from tokenloom.serve.app import run_server
-chosen = settings(server__port=0)
+chosen = settings(server__port=0, coserve__mode="off")
 run_server(FakeEngine(chosen, step_s=0.02), chosen, announce=lambda url: print(url, flush=True))
 print("gone", flush=True)
 """
 
 
-def test_sigterm_drains_the_process_and_it_returns_cleanly():
+def test_sigterm_drains_the_process_and_it_returns_cleanly(tmp_path):
     here = Path(__file__).parent
     script = _SCRIPT.format(paths=[str(here), str(here.parent)])
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TOKENLOOM_HOME": str(tmp_path)},
+    )
     try:
         url = process.stdout.readline().strip()
         with httpx.stream("POST", url + URL, json={**BODY, "max_tokens": 20}, timeout=20) as response:

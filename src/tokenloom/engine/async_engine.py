@@ -17,7 +17,7 @@ from tokenloom.engine.engine import Engine
 from tokenloom.engine.outputs import StepOutput
 from tokenloom.engine.request import Request
 from tokenloom.engine.sampling_params import SamplingParams
-from tokenloom.engine.stats import EngineStats
+from tokenloom.engine.stats import EngineStats, TrainingCounter
 from tokenloom.errors import EngineBusyError, EngineStoppedError, RequestError
 
 logger = logging.getLogger("tokenloom.engine")
@@ -82,6 +82,7 @@ class AsyncEngine:
         self._stopping = False
         self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
+        self._trained = TrainingCounter(engine.counters, engine.coserver)
         engine.coserver.arrivals = lambda: bool(self._inbox)
 
     # -- life -------------------------------------------------------------------------------------------
@@ -190,7 +191,13 @@ class AsyncEngine:
         self._send(command)
 
     def stats(self) -> EngineStats:
-        return self.engine.stats()
+        stats, coserver = self.engine.stats(), self.engine.coserver
+        stats.training_jobs = len(coserver.trainings)
+        stats.training_restarts = coserver.num_restarts
+        held = {block for s in list(self.engine.scheduler.running) for block in list(s.table.blocks)}
+        # The loop goes on meanwhile, so the difference may be off for a moment.
+        stats.kv_blocks_training = max(0, stats.kv_blocks_used - len(held)) if stats.training_jobs else 0
+        return stats
 
     # -- between the threads ----------------------------------------------------------------------------
 
@@ -214,7 +221,9 @@ class AsyncEngine:
             while not self._stopping:
                 outputs = self._obey()
                 if self.engine.has_work:
+                    self._trained.count()  # jobs that have just come
                     outputs += self._step()
+                    self._trained.count()
                 if outputs:
                     self._deliver(outputs)
                 with self._wake:

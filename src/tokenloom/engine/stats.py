@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from tokenloom.engine.outputs import FinishReason
+
+if TYPE_CHECKING:
+    from tokenloom.engine.coserve import Coserver, Iteration
+    from tokenloom.engine.training import Training
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +53,20 @@ class EngineStats:
     iterations: int = 0
     batch_tokens: int = 0
     """Rows of all iterations together."""
+    training_jobs: int = 0
+    """Jobs that train now."""
+    training_rows: int = 0
+    """Forward rows of training in all iterations; passes that started over count again."""
+    training_tokens: int = 0
+    """Rows of finished training passes: each token once per pass that counted."""
+    training_steps: int = 0
+    """Optimizer steps."""
+    training_restarts: int = 0
+    """Training passes that gave their memory to inference and started over."""
+    training_loss: float | None = None
+    """Of the last optimizer step of any job."""
+    kv_blocks_training: int = 0
+    """Blocks in use that no sequence holds."""
     finished: deque[RequestTiming] = field(default_factory=lambda: deque(maxlen=65536))
 
     @property
@@ -58,3 +77,32 @@ class EngineStats:
     def pop_finished(self) -> list[RequestTiming]:
         """Requests that finished since the last call."""
         return [self.finished.popleft() for _ in range(len(self.finished))]
+
+
+class TrainingCounter:
+    """Adds up what training jobs do, while they come and go. For the engine's thread."""
+
+    def __init__(self, stats: EngineStats, coserver: Coserver) -> None:
+        self.stats, self.coserver = stats, coserver
+        self._seen: dict[Training, tuple[int, int]] = {}
+        self._record: Iteration | None = None
+
+    def count(self) -> None:
+        """Take in what the jobs have done since the last call. Called before and after each iteration: a job
+        is to be seen both at its beginning and at its end."""
+        stats, trainings = self.stats, self.coserver.trainings
+        if not trainings and not self._seen:
+            return
+        record = self.coserver.iterations[-1] if self.coserver.iterations else None
+        if record is not None and record is not self._record:
+            self._record = record
+            stats.training_rows += record.train_rows
+        now: dict[Training, tuple[int, int]] = {}
+        for training in trainings:
+            rows, step = now[training] = training.rows_run, training.progress.step
+            rows_before, step_before = self._seen.get(training, (0, step))
+            stats.training_tokens += rows - rows_before
+            if step > step_before:
+                stats.training_steps += step - step_before
+                stats.training_loss = training.progress.last_metrics["train_loss"]
+        self._seen = now

@@ -8,12 +8,27 @@ from tokenloom.batch import BatchBuilder
 from tokenloom.engine.latency_model import Features, LatencyModel
 
 
+class TrainingProgress(Protocol):
+    """How far a job is."""
+
+    step: int
+    """Optimizer steps done."""
+    last_metrics: dict[str, float]
+    """`train_loss` and others of the last step; empty before the first."""
+
+
 class Training(Protocol):
     """A job that trains in the engine's iterations. All methods are called on the engine's thread.
 
     Work comes in passes. A pass begins with forward rows, which join the batch of an iteration; pieces of
     loss and backward follow, which run between batches. The caller chooses the size of each.
     """
+
+    rows_run: int
+    """Forward rows of finished passes."""
+
+    @property
+    def progress(self) -> TrainingProgress: ...
 
     def slots_needed(self) -> int | None:
         """KV slots that the next pass takes; 0 while one is under way; None when there is nothing to do."""

@@ -15,30 +15,54 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from tokenloom.config import ConfigError, Settings
 from tokenloom.engine.async_engine import AsyncEngine
+from tokenloom.serve.adapter_folder import AdapterFolder
+from tokenloom.serve.adapters import AdapterLoader, adapters_router
 from tokenloom.serve.basic import embeddings_router, health_router, models_router, tokens_router
 from tokenloom.serve.chat import chat_router
 from tokenloom.serve.completions import completions_router
 from tokenloom.serve.context import RequestContext
 from tokenloom.serve.errors import install_error_handlers
+from tokenloom.serve.jobs import Jobs, open_jobs
 from tokenloom.serve.metrics import Metrics, metrics_router
+from tokenloom.serve.models import Models
 from tokenloom.serve.security import LOOPBACK, BodyLimit, ConcurrencyLimit, HostCheck, KeyCheck
 from tokenloom.version import __version__
 
 
-def create_app(engine: AsyncEngine, settings: Settings, routers: Sequence[APIRouter] = ()) -> FastAPI:
-    """The ASGI application. Its lifespan starts and stops the engine.
+def create_app(
+    engine: AsyncEngine,
+    settings: Settings,
+    routers: Sequence[APIRouter] = (),
+    jobs: Jobs | None = None,
+) -> FastAPI:
+    """The ASGI application. Its lifespan starts and stops the engine, the jobs and the adapters' folder.
 
     Args:
         routers: more routes, behind the same checks and error handlers; the ones that read JSON should be
             built with `route_class=JSONRoute`.
+        jobs: files and fine-tuning jobs (`open_jobs`); None leaves their routes out.
     """
+    metrics = Metrics(engine)
+    loader = AdapterLoader(engine, settings)
+    folder = AdapterFolder(loader) if settings.adapters.watch else None
+    models = Models(engine, loader, jobs.service if jobs else None, metrics.count_request)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        if folder is not None:
+            await asyncio.to_thread(folder.start)
         engine.start()
+        if jobs is not None:
+            jobs.start()
         yield
+        if folder is not None:
+            await asyncio.to_thread(folder.stop)
+        if jobs is not None:
+            await asyncio.to_thread(jobs.stop)  # while the engine still runs: training leaves a checkpoint
         await engine.drain(settings.server.drain_timeout_s)
         await asyncio.to_thread(engine.shutdown)
+        if jobs is not None:
+            await asyncio.to_thread(jobs.close)
 
     app = FastAPI(
         title="tokenloom",
@@ -49,16 +73,17 @@ def create_app(engine: AsyncEngine, settings: Settings, routers: Sequence[APIRou
         redoc_url=None,
         redirect_slashes=False,
     )
-    metrics = Metrics(engine)
     install_error_handlers(app)
     for router in (
-        chat_router(engine),
-        completions_router(engine),
-        embeddings_router(engine),
-        models_router(engine),
-        tokens_router(engine),
+        chat_router(engine, models),
+        completions_router(engine, models),
+        embeddings_router(engine, models),
+        models_router(models),
+        adapters_router(loader, settings),
+        tokens_router(engine, models),
         health_router(engine),
         metrics_router(metrics),
+        *(jobs.routers() if jobs else ()),
         *routers,
     ):
         app.include_router(router)
@@ -77,7 +102,7 @@ def _add_checks(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
             CORSMiddleware,
             allow_origins=settings.server.cors_origins,
             allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["authorization", "content-type", "x-request-id"],
+            allow_headers=["authorization", "content-type", "idempotency-key", "x-request-id"],
             expose_headers=["x-request-id", "retry-after"],
         )
     if settings.server.host in LOOPBACK:
@@ -86,15 +111,23 @@ def _add_checks(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn that drains the engine first: running answers finish, new ones get a 503, then it closes."""
+    """uvicorn that drains the engine first: running answers finish, new ones get a 503, then it closes.
+    Meanwhile jobs that train leave their checkpoints."""
 
-    def __init__(self, config: uvicorn.Config, engine: AsyncEngine, drain_timeout_s: float) -> None:
+    def __init__(
+        self, config: uvicorn.Config, engine: AsyncEngine, drain_timeout_s: float, jobs: Jobs | None = None
+    ) -> None:
         super().__init__(config)
         self.engine = engine
         self.drain_timeout_s = drain_timeout_s
+        self.jobs = jobs
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        await self.engine.drain(self.drain_timeout_s)
+        drained = self.engine.drain(self.drain_timeout_s)
+        if self.jobs is None:
+            await drained
+        else:
+            await asyncio.gather(drained, asyncio.to_thread(self.jobs.stop))
         await super().shutdown(sockets)
 
     @contextlib.contextmanager
@@ -138,8 +171,9 @@ def run_server(
         ) from error
     host = f"[{server.host}]" if family == socket.AF_INET6 else server.host
     url = f"http://{host}:{listener.getsockname()[1]}"
+    jobs = open_jobs(engine, settings)
     config = uvicorn.Config(
-        create_app(engine, settings),
+        create_app(engine, settings, jobs=jobs),
         log_level="warning",
         access_log=False,
         ws="none",
@@ -149,7 +183,7 @@ def run_server(
     )
 
     async def serve() -> None:
-        process = _Server(config, engine, server.drain_timeout_s)
+        process = _Server(config, engine, server.drain_timeout_s, jobs)
         running = asyncio.create_task(process.serve(sockets=[listener]))
         while not process.started and not running.done():
             await asyncio.sleep(0.01)
@@ -160,4 +194,6 @@ def run_server(
     try:
         asyncio.run(serve())
     finally:
+        jobs.stop()
         engine.shutdown()
+        jobs.close()

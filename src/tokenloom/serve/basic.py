@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import base64
 import struct
-import time
 import uuid
 
 from fastapi import APIRouter, Request, Response
 
+from tokenloom.engine.adapters import LoadedAdapter
 from tokenloom.engine.async_engine import AsyncEngine
 from tokenloom.errors import RequestError
 from tokenloom.serve.chat import render
 from tokenloom.serve.chat_protocol import TokenizeRequest
 from tokenloom.serve.completions import token_prompts
-from tokenloom.serve.errors import DRAIN_RETRY_AFTER_S, ERROR_RESPONSES, ApiError
-from tokenloom.serve.generation import check_model, encode, prompt_is, until_disconnect
+from tokenloom.serve.errors import DRAIN_RETRY_AFTER_S, ERROR_RESPONSES, ApiError, ModelNotFoundError
+from tokenloom.serve.generation import encode, prompt_is, until_disconnect
 from tokenloom.serve.json_body import JSONRoute, write_json
+from tokenloom.serve.models import Models
 from tokenloom.serve.protocol import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -26,6 +27,7 @@ from tokenloom.serve.protocol import (
     EmbeddingResponse,
     EmbeddingUsage,
     ModelCard,
+    ModelDeleted,
     ModelList,
     Status,
     TokenizeResponse,
@@ -34,36 +36,43 @@ from tokenloom.serve.protocol import (
 from tokenloom.version import __version__
 
 
-def models_router(engine: AsyncEngine) -> APIRouter:
-    """GET /v1/models and /v1/models/{id}."""
+def models_router(models: Models) -> APIRouter:
+    """GET /v1/models, GET and DELETE /v1/models/{id}."""
     router = APIRouter(prefix="/v1", tags=["models"], responses=ERROR_RESPONSES)
-    card = ModelCard(id=engine.model_name, created=int(time.time()), max_model_len=engine.max_model_len)
 
     @router.get("/models")
     async def list_models() -> ModelList:
         """The models that requests can name."""
-        return ModelList(data=[card])
+        return ModelList(data=await models.cards())
 
     @router.get("/models/{model_id:path}")
     async def get_model(model_id: str) -> ModelCard:
         """One of them."""
-        check_model(model_id, engine)
+        card = next((card for card in await models.cards() if card.id == model_id), None)
+        if card is None:
+            raise ModelNotFoundError(model_id)
         return card
+
+    @router.delete("/models/{model_id:path}")
+    async def delete_model(model_id: str) -> ModelDeleted:
+        """Delete a fine-tuned model, or a checkpoint of a job that is over."""
+        await models.delete(model_id)
+        return ModelDeleted(id=model_id)
 
     return router
 
 
-def embeddings_router(engine: AsyncEngine) -> APIRouter:
+def embeddings_router(engine: AsyncEngine, models: Models) -> APIRouter:
     """POST /v1/embeddings."""
     router = APIRouter(prefix="/v1", tags=["embeddings"], responses=ERROR_RESPONSES, route_class=JSONRoute)
 
     @router.post("/embeddings", response_model=EmbeddingResponse)
     async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
         """The mean of each text's last hidden states, `[hidden_size]`, not normalised."""
-        check_model(body.model, engine)
+        adapter = await models.resolve(body.model)
         prompts = await token_prompts(engine, body.input, "input")
         with prompt_is("input"):
-            vectors = await until_disconnect(request.receive, _embed_all(engine, prompts))
+            vectors = await until_disconnect(request.receive, _embed_all(engine, prompts, adapter))
         total = sum(len(prompt) for prompt in prompts)
         encode_vector = _base64 if body.encoding_format == "base64" else list[float]
         return await write_json(
@@ -81,9 +90,14 @@ def embeddings_router(engine: AsyncEngine) -> APIRouter:
     return router
 
 
-async def _embed_all(engine: AsyncEngine, prompts: list[list[int]]) -> list[list[float]]:
+async def _embed_all(
+    engine: AsyncEngine, prompts: list[list[int]], adapter: LoadedAdapter | None
+) -> list[list[float]]:
     """All vectors, or the first failure: then the rest is aborted, as it is when this is cancelled."""
-    tasks = [asyncio.ensure_future(engine.embed(p, request_id=uuid.uuid4().hex)) for p in prompts]
+    tasks = [
+        asyncio.ensure_future(engine.embed(prompt, request_id=uuid.uuid4().hex, adapter=adapter))
+        for prompt in prompts
+    ]
     try:
         return await asyncio.gather(*tasks)
     finally:
@@ -97,14 +111,14 @@ def _base64(vector: list[float]) -> str:
     return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
 
 
-def tokens_router(engine: AsyncEngine) -> APIRouter:
+def tokens_router(engine: AsyncEngine, models: Models) -> APIRouter:
     """POST /tokenize and /detokenize."""
     router = APIRouter(tags=["tokens"], responses=ERROR_RESPONSES, route_class=JSONRoute)
 
     @router.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> TokenizeResponse:
         """Token ids of a text, or of a conversation under the model's chat template."""
-        check_model(body.model, engine)
+        await models.check(body.model)
         if body.messages is not None:
             tokens = await render(engine, body.messages, None, body.add_generation_prompt)
         else:
@@ -115,7 +129,7 @@ def tokens_router(engine: AsyncEngine) -> APIRouter:
     @router.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> DetokenizeResponse:
         """Text of token ids, special tokens included."""
-        check_model(body.model, engine)
+        await models.check(body.model)
         try:
             text = await asyncio.to_thread(engine.tokenizer.decode, body.tokens, skip_special_tokens=False)
         except RequestError as error:

@@ -28,7 +28,6 @@ from tokenloom.serve.errors import ERROR_RESPONSES
 from tokenloom.serve.generation import (
     Generation,
     Outputs,
-    check_model,
     encode,
     prompt_is,
     sampling_params,
@@ -36,18 +35,19 @@ from tokenloom.serve.generation import (
 )
 from tokenloom.serve.json_body import JSONRoute, write_json
 from tokenloom.serve.logprobs import chat_logprobs, prompt_logprobs
+from tokenloom.serve.models import Models
 from tokenloom.serve.protocol import Usage
 from tokenloom.serve.streaming import EventStream, documented, primed
 
 
-def chat_router(engine: AsyncEngine) -> APIRouter:
+def chat_router(engine: AsyncEngine, models: Models) -> APIRouter:
     """The chat route over one engine."""
     router = APIRouter(prefix="/v1", tags=["chat"], responses=ERROR_RESPONSES, route_class=JSONRoute)
 
     @router.post("/chat/completions", response_model=ChatResponse, responses=documented(ChatChunk))
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation. With `stream` the answer comes as server-sent events."""
-        check_model(body.model, engine)
+        adapter = await models.resolve(body.model)
         prompt = await render(engine, body.messages, _tools(body, engine), body.add_generation_prompt)
         params = sampling_params(
             body,
@@ -58,7 +58,7 @@ def chat_router(engine: AsyncEngine) -> APIRouter:
         )
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
         with prompt_is("messages"):
-            generation = await Generation.start(engine, body, [prompt], params)
+            generation = await Generation.start(engine, body, [prompt], params, adapter)
         if body.stream:
             return await _stream(engine, body, request, generation, head)
         try:

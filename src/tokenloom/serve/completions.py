@@ -22,7 +22,6 @@ from tokenloom.serve.errors import ERROR_RESPONSES
 from tokenloom.serve.generation import (
     Generation,
     Outputs,
-    check_model,
     encode,
     prompt_is,
     sampling_params,
@@ -30,19 +29,20 @@ from tokenloom.serve.generation import (
 )
 from tokenloom.serve.json_body import JSONRoute, write_json
 from tokenloom.serve.logprobs import CompletionLogprobsWriter, joined, prompt_logprobs
+from tokenloom.serve.models import Models
 from tokenloom.serve.streaming import EventStream, documented, primed
 
 DEFAULT_MAX_TOKENS = 16
 
 
-def completions_router(engine: AsyncEngine) -> APIRouter:
+def completions_router(engine: AsyncEngine, models: Models) -> APIRouter:
     """The completions route over one engine."""
     router = APIRouter(prefix="/v1", tags=["completions"], responses=ERROR_RESPONSES, route_class=JSONRoute)
 
     @router.post("/completions", response_model=CompletionResponse, responses=documented(CompletionResponse))
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue each prompt. Choices are numbered prompt by prompt, `n` to each."""
-        check_model(body.model, engine)
+        adapter = await models.resolve(body.model)
         prompts = await token_prompts(engine, body.prompt, "prompt")
         scores_prompt = body.echo and body.logprobs is not None
         default = min(DEFAULT_MAX_TOKENS, engine.settings.limits.max_tokens or DEFAULT_MAX_TOKENS)
@@ -54,7 +54,7 @@ def completions_router(engine: AsyncEngine) -> APIRouter:
             prompt_logprobs=body.logprobs if scores_prompt else body.prompt_logprobs,
         )
         with prompt_is("prompt"):
-            generation = await Generation.start(engine, body, prompts, params)
+            generation = await Generation.start(engine, body, prompts, params, adapter)
         answer = _Answer(engine, body, generation)
         if body.stream:
             try:

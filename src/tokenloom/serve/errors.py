@@ -74,12 +74,13 @@ class ApiError(HTTPException):
 _FAILURES: dict[int | str, str] = {
     400: "A field is missing, malformed or out of range; `error.param` names it",
     401: "The API key is missing or wrong",
-    404: "No such model",
+    404: "No such model, file or job",
     413: "The body is too large",
     429: "Too many requests are at work or waiting; see Retry-After",
     "4XX": "The request cannot be served",
     500: "The server failed; its log tells more under the request id",
     503: "The server is starting or draining; see Retry-After",
+    507: "There is no room to store it",
 }
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse, "description": words} for status, words in _FAILURES.items()

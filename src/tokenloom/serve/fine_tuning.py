@@ -7,6 +7,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 
+from tokenloom.errors import RequestError
 from tokenloom.finetune.job_request import CreateJob
 from tokenloom.finetune.service import JobService
 from tokenloom.serve.errors import ERROR_RESPONSES
@@ -24,8 +25,12 @@ from tokenloom.serve.store_route import IdempotencyKey, StoreRoute
 Limit = Annotated[int, Query(ge=1, le=1000)]
 
 
-def fine_tuning_router(service: JobService) -> APIRouter:
-    """Jobs of the fine-tuning service."""
+def fine_tuning_router(service: JobService, closed: str = "") -> APIRouter:
+    """Jobs of the fine-tuning service.
+
+    Args:
+        closed: why no new job is taken; empty if they are.
+    """
     router = APIRouter(
         prefix="/v1/fine_tuning", tags=["fine-tuning"], responses=ERROR_RESPONSES, route_class=StoreRoute
     )
@@ -34,6 +39,8 @@ def fine_tuning_router(service: JobService) -> APIRouter:
     @router.post("/jobs")
     def create_job(body: CreateJob, idempotency_key: IdempotencyKey = None) -> Job:
         """Start a job. It is on disk when the answer comes; its files are checked after that."""
+        if closed:
+            raise RequestError(closed, code="training_off")
         return job_object(service.create_job(body, idempotency_key))
 
     @router.get("/jobs")

@@ -12,23 +12,18 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from tokenloom.config import LimitSettings
+from tokenloom.engine.adapters import LoadedAdapter
 from tokenloom.engine.async_engine import AsyncEngine
 from tokenloom.engine.outputs import Completion, RequestOutput, StepOutput, collect
 from tokenloom.engine.sampling_params import SamplingParams
 from tokenloom.errors import EngineStoppedError, RequestError
-from tokenloom.serve.errors import GenerationError, ModelNotFoundError
+from tokenloom.serve.errors import GenerationError
 from tokenloom.serve.protocol import CachedTokens, SamplingFields, Usage
 
 T = TypeVar("T")
 Outputs = AsyncIterator[tuple[int, StepOutput]]
 
 _INLINE_CHARACTERS = 4096
-
-
-def check_model(name: str | None, engine: AsyncEngine) -> None:
-    """Raises ModelNotFoundError (404) if that model is not served; None asks for no model in particular."""
-    if name is not None and name != engine.model_name:
-        raise ModelNotFoundError(name)
 
 
 def sampling_params(
@@ -114,7 +109,12 @@ class Generation:
 
     @classmethod
     async def start(
-        cls, engine: AsyncEngine, body: SamplingFields, prompts: list[list[int]], params: SamplingParams
+        cls,
+        engine: AsyncEngine,
+        body: SamplingFields,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        adapter: LoadedAdapter | None = None,
     ) -> Generation:
         """Send every prompt to the engine, or none: if it refuses one, the others are taken back.
 
@@ -130,6 +130,7 @@ class Generation:
                     request_id=uuid.uuid4().hex,
                     priority=body.priority or 0,
                     cache_salt=body.cache_salt,
+                    adapter=adapter,
                 )
                 generation._streams.append(stream)
         except BaseException:

@@ -34,6 +34,12 @@ class Metrics:
             ("model_name", "finished_reason"),
             registry=self.registry,
         )
+        self._requests = Counter(
+            "tokenloom:model_requests",
+            "Requests by the model that they named: the base model or an adapter.",
+            ("model_name",),
+            registry=self.registry,
+        )
         self._ttft = self._seconds("time_to_first_token", "Arrival to first token.")
         self._tpot = self._seconds("time_per_output_token", "Mean time per token after the first.")
         self._e2e = self._seconds("e2e_request_latency", "Arrival to last token.")
@@ -50,6 +56,10 @@ class Metrics:
     def count_answer(self, method: str, route: str, status: int) -> None:
         """Count one HTTP answer."""
         self._http.labels(method, route, str(status)).inc()
+
+    def count_request(self, model: str) -> None:
+        """Count one request for a model that is served."""
+        self._requests.labels(model).inc()
 
     def scrape(self) -> bytes:
         """The exposition text; first takes in the requests that finished since the last scrape."""
@@ -74,17 +84,29 @@ class _EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         stats, model = self.engine.stats(), [self.engine.model_name]
-        gauges = (
+        adapters = self.engine.engine.adapters.list()
+        inference_blocks = stats.kv_blocks_used - stats.kv_blocks_training
+        gauges: tuple[tuple[str, str, float], ...] = (
             ("num_requests_running", "Sequences that hold KV.", stats.running),
             ("num_requests_waiting", "Sequences in the queue.", stats.waiting),
             ("kv_cache_usage_perc", "Share of the KV pool in use, 0 to 1.", stats.kv_usage),
+            ("kv_blocks_inference", "KV blocks that requests hold.", inference_blocks),
+            ("kv_blocks_training", "KV blocks that training holds.", stats.kv_blocks_training),
+            ("num_adapters", "Adapters in memory.", len(adapters)),
+            ("finetune_jobs_running", "Jobs that train now.", stats.training_jobs),
         )
+        if stats.training_loss is not None:
+            gauges = (*gauges, ("finetune_loss", "Loss of the last optimizer step.", stats.training_loss))
         counters = (
             ("prefix_cache_queries", "Prompt tokens looked up for reuse.", stats.prefix_queries_tokens),
             ("prefix_cache_hits", "Prompt tokens found there.", stats.prefix_hits_tokens),
             ("num_preemptions", "Sequences sent back to the queue.", stats.preemptions),
             ("prompt_tokens", "Prompt tokens of admitted requests.", stats.prompt_tokens),
             ("generation_tokens", "Tokens generated.", stats.generation_tokens),
+            ("finetune_tokens", "Tokens trained on, in finished passes.", stats.training_tokens),
+            ("finetune_rows", "Forward rows of training, restarts included.", stats.training_rows),
+            ("finetune_steps", "Optimizer steps.", stats.training_steps),
+            ("finetune_restarts", "Passes that gave way to requests.", stats.training_restarts),
         )
         for name, text, value in gauges:
             gauge = GaugeMetricFamily(f"tokenloom:{name}", text, labels=["model_name"])
@@ -97,6 +119,12 @@ class _EngineCollector(Collector):
         rows = SummaryMetricFamily("tokenloom:iteration_tokens", "Rows per iteration.", labels=["model_name"])
         rows.add_metric(model, count_value=stats.iterations, sum_value=stats.batch_tokens)
         yield rows
+        info = GaugeMetricFamily(
+            "tokenloom:adapter_info", "1 for each adapter in memory.", labels=["model_name", "version"]
+        )
+        for adapter in adapters:
+            info.add_metric([adapter.name, str(adapter.version)], 1)
+        yield info
 
 
 def metrics_router(metrics: Metrics) -> APIRouter:

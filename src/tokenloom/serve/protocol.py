@@ -219,11 +219,21 @@ PromptLogprobs = list[dict[str, PromptLogprob] | None]
 
 
 class ModelCard(BaseModel):
+    """A name that requests can give as `model`; adapters have the base model as their `parent`."""
+
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "tokenloom"
+    root: str
+    parent: str | None = None
     max_model_len: int
+
+
+class ModelDeleted(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    deleted: Literal[True] = True
 
 
 class ModelList(BaseModel):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hmac
+from collections.abc import Iterable
 
+from pydantic import SecretStr
 from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tokenloom.config import Settings
@@ -13,6 +16,8 @@ from tokenloom.serve.errors import ApiError
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 OPEN_PATHS = ("/health", "/ready")
 UNCOUNTED_PATHS = (*OPEN_PATHS, "/metrics")
+UPLOADS = ("POST", "/v1/files")
+"""Has a limit of its own, `jobs.max_file_bytes`, while it reads."""
 
 
 class HostCheck:
@@ -37,26 +42,56 @@ class KeyCheck:
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app = app
-        self.keys = [key.get_secret_value().encode() for key in settings.server.api_keys]
+        self.keys = Keys((*settings.server.api_keys, *settings.server.admin_keys))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_open = scope["type"] == "lifespan" or (scope["type"] == "http" and scope["path"] in OPEN_PATHS)
         if not is_open:
-            scheme, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not self._known(token.strip().encode("latin-1")):
-                problem = "is not valid" if token else "is missing; send Authorization: Bearer KEY"
-                error = ApiError(
-                    401,
-                    f"the API key {problem}",
-                    code="invalid_api_key",
-                    headers={"WWW-Authenticate": "Bearer"},
-                )
-                return await refuse(error, scope, receive, send)
+            authorization = Headers(scope=scope).get("authorization", "")
+            if not self.keys.fit(authorization):
+                return await refuse(_unauthorized(authorization, "API"), scope, receive, send)
         await self.app(scope, receive, send)
 
-    def _known(self, token: bytes) -> bool:
-        # All keys are compared, each in constant time, so that the time tells nothing about them.
-        return any([hmac.compare_digest(token, key) for key in self.keys])
+
+class AdminCheck:
+    """A dependency of routes that need one of `server.admin_keys`, where there are any."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.keys = Keys(settings.server.admin_keys)
+        self.users = Keys(settings.server.api_keys)
+
+    def __call__(self, request: Request) -> None:
+        authorization = request.headers.get("authorization", "")
+        if not self.keys or self.keys.fit(authorization):
+            return
+        if self.users.fit(authorization):
+            raise ApiError(403, "this route needs an admin key", code="admin_key_required")
+        raise _unauthorized(authorization, "admin")
+
+
+class Keys:
+    """Keys of one kind, compared so that the time it takes tells nothing about them."""
+
+    def __init__(self, keys: Iterable[SecretStr]) -> None:
+        self.keys = [key.get_secret_value().encode() for key in keys]
+
+    def __bool__(self) -> bool:
+        return bool(self.keys)
+
+    def fit(self, authorization: str) -> bool:
+        """Whether an Authorization header names one of them."""
+        scheme, _, token = authorization.partition(" ")
+        given = token.strip().encode("latin-1")
+        # All keys are compared, each in constant time.
+        return any([hmac.compare_digest(given, key) for key in self.keys]) and scheme.lower() == "bearer"
+
+
+def _unauthorized(authorization: str, kind: str) -> ApiError:
+    token = authorization.partition(" ")[2]
+    problem = "is not valid" if token else "is missing; send Authorization: Bearer KEY"
+    return ApiError(
+        401, f"the {kind} key {problem}", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}
+    )
 
 
 class ConcurrencyLimit:
@@ -93,7 +128,7 @@ class BodyLimit:
         self.limit = settings.limits.max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != "http" or (scope["method"], scope["path"]) == UPLOADS:
             return await self.app(scope, receive, send)
         length = Headers(scope=scope).get("content-length", "")
         if length.isdecimal() and int(length) > self.limit:
