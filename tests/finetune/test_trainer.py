@@ -166,7 +166,7 @@ def test_interruptions_leave_no_trace(rig: Rig, undisturbed: Tensor, tmp_path: A
         job = trainer(engine, adapter, wanted=hyper(pack=False), resume=state)
         if job.complete:
             break
-        drive(engine, job, source, until=source.randint(1, 200))
+        drive(engine, job, source, until=source.randint(1, 150))
         save_state(tmp_path, job.stop() if not job.complete else job.snapshot())
         state = latest_state(tmp_path)
         runs += 1

@@ -24,6 +24,8 @@ logger = logging.getLogger("tokenloom.engine")
 PROFILE_WAIT_S = 60.0
 SPATIAL_WAIT_S = 0.05
 DYNAMIC_BOUNDS = (32, 1024)
+STALL_WEIGHT = 0.2
+MIN_STALL_ROWS = 16
 
 
 @dataclass(slots=True)
@@ -69,7 +71,9 @@ class Coserver:
         self._current: Training | None = None
         self._record = Iteration(0.0)
         self._features = Features()
+        self._prefill_rows = 0
         self._profile_asked_s: float | None = None
+        self._stall_ms = 0.0  # what iterations with a prompt recently took, decodes waiting
         self._skipped = 0  # iterations in a row in which training got nothing
         self._since_pass = 0  # temporal sharing: inference iterations since the last training pass
         self._every = settings.coserve.temporal_every
@@ -161,6 +165,7 @@ class Coserver:
         """
         self._record = Iteration(time.monotonic(), inference_rows=plan.num_rows)
         self._features = _inference_features(plan)
+        self._prefill_rows = plan.num_rows - sum(rows == 1 for rows in plan.rows.values())
         if self.mode == "off" or not self.trainings:
             return 0
         try:
@@ -193,6 +198,8 @@ class Coserver:
             self.latency.observe(self._features, measured_ms)
         self._record.measured_ms += measured_ms
         self.iterations.append(self._record)
+        if self._prefill_rows >= MIN_STALL_ROWS and not rows:
+            self._stall_ms += STALL_WEIGHT * (measured_ms - self._stall_ms)
 
     def no_batch(self) -> None:
         """The iteration had no batch, only pieces."""
@@ -209,7 +216,7 @@ class Coserver:
         training = self._next()
         if training is None:
             return 0
-        budget = iteration_budget_ms(plan, self.scheduler, self.settings)
+        budget = iteration_budget_ms(plan, self.scheduler, self.settings, self._stall_ms)
         base = self.latency.planned(self._features) if plan.rows else 0.0
         rows = self._fill(training, plan, budget - base, base)
         worked = rows > 0 or self._record.piece_rows > 0

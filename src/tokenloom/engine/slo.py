@@ -6,37 +6,38 @@ import math
 import time
 
 from tokenloom.config import Settings
-from tokenloom.engine.request import Sequence
 from tokenloom.engine.scheduler import Plan, Scheduler
 
 MAX_CREDIT = 0.5
 
 
-def iteration_budget_ms(plan: Plan, scheduler: Scheduler, settings: Settings) -> float:
+def iteration_budget_ms(
+    plan: Plan, scheduler: Scheduler, settings: Settings, reserve_ms: float = 0.0
+) -> float:
     """Milliseconds that the iteration may take, inference included. Negative: somebody is late already.
 
-    A request in decode should get its n-th token `tpot_ms` * (n - 1) after its first. What it is ahead of
-    that it may spend, up to half a token's time at once, so that a moment of luck is not used to stall it;
-    what it is behind is taken off. A request that waits for its first token shares what is left until its
-    deadline among the iterations that its prompt, and those before it, still need.
+    The targets are planned for less a margin (`coserve.margin`). A request in decode should get its n-th
+    token a target's time * (n - 1) after its first. What it is ahead of that it may spend, up to half a
+    token's time at once, but for a reserve: a prompt that arrives will hold it up, and its last tokens must
+    not be too few to make up for that. A request that waits for its first token shares what is left until
+    its deadline among the iterations that its prompt, and those before it, still need.
+
+    Args:
+        reserve_ms: how long an arriving prompt is expected to hold up the others.
     """
     slo, now = settings.slo, time.monotonic()
+    share = 1 - settings.coserve.margin
+    tpot_ms, ttft_ms = slo.tpot_ms * share, slo.ttft_ms * share
     budgets = []
     pending = 0
-    late_starters: list[Sequence] = []
     for sequence in (*scheduler.running, *scheduler.waiting):
         first = sequence.request.first_token_s
         if first is None:
-            late_starters.append(sequence)
+            pending += sequence.num_pending
+            iterations = math.ceil(pending / settings.scheduler.max_batch_tokens)
+            due_ms = (sequence.request.arrival_s - now) * 1e3 + ttft_ms
+            budgets.append(due_ms / iterations)
         elif sequence in plan.rows:
-            due_ms = (first - now) * 1e3 + slo.tpot_ms * max(1, sequence.num_output)
-            budgets.append(min(due_ms, slo.tpot_ms * (1 + MAX_CREDIT)))
-    for sequence in late_starters:
-        pending += sequence.num_pending
-        iterations = math.ceil(pending / settings.scheduler.max_batch_tokens)
-        due_ms = (sequence.request.arrival_s - now) * 1e3 + slo.ttft_ms
-        budgets.append(due_ms / iterations)
-    if not budgets:
-        return settings.ft.idle_iter_ms or slo.ttft_ms / 10
-    budget = min(budgets)
-    return budget * (1 - settings.coserve.margin) if budget > 0 else budget
+            due_ms = (first - now) * 1e3 + tpot_ms * max(1, sequence.num_output)
+            budgets.append(min(due_ms - reserve_ms, tpot_ms * (1 + MAX_CREDIT)))
+    return min(budgets) if budgets else settings.ft.idle_iter_ms or slo.ttft_ms / 10

@@ -1,0 +1,388 @@
+"""Co-serving beside its rivals on one seeded, bursty trace (FlexLLM, arXiv 2402.18789, section 8).
+
+    python benchmarks/coserve.py [--seconds 60] [--loads 0.1,0.2,0.4,0.6,0.8] [--out results/coserve]
+
+Each (mode, load) runs in a process of its own on the default model: requests with Gamma inter-arrival times
+(CV 2) and lognormal lengths, and a LoRA job (r=16, all linears, sequences of 512 tokens of real text) that
+never ends. A load of 1 is the rate at which this machine can just answer such requests when nothing trains;
+it is measured first, as are the unloaded time per token and the latency profile.
+
+Reported per mode and load: share of requests that attained both targets (TTFT, and TPOT = 3 x the unloaded
+median), p50 and p99 of TTFT and of the gap between tokens, finetuning tokens/s (each token once, when its
+whole pass is done) and output tokens/s. "separate p" emulates two clusters by the authors' own scaling: a
+share p of the machines serves at rate / p, the rest trains alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+MODEL = "smollm2-135m-instruct"
+MODES = ("off", "coserve", "temporal", "dynamic_temporal", "spatial")
+SHARES = (0.25, 0.5, 0.75)
+SEED, CV = 1, 2.0
+PROMPT_MEAN, OUTPUT_MEAN, SIGMA = 96, 48, 0.6
+WARMUP_S, DRAIN_S = 5.0, 20.0
+TRAIN_TOKENS = 512
+
+
+@dataclass
+class Arrival:
+    """One request of the trace."""
+
+    at_s: float
+    prompt: list[int]
+    max_tokens: int
+    first_s: float = 0.0
+    token_s: list[float] = field(default_factory=list)
+
+
+def trace(rate: float, seconds: float, vocab: int) -> list[Arrival]:
+    """The same requests at any rate: only the times are stretched."""
+    source = random.Random(SEED)
+    shape = 1 / CV**2
+    arrivals, at = [], 0.0
+    while True:
+        at += source.gammavariate(shape, 1 / (shape * rate))
+        prompt, output = (
+            max(4, min(8 * mean, round(source.lognormvariate(0, SIGMA) * mean)))
+            for mean in (PROMPT_MEAN, OUTPUT_MEAN)
+        )
+        tokens = [source.randrange(vocab) for _ in range(prompt)]
+        if at > seconds:
+            return arrivals
+        arrivals.append(Arrival(at, tokens, output))
+
+
+def new_engine(mode: str, args: argparse.Namespace) -> Any:
+    from tokenloom.config import load_settings
+    from tokenloom.engine.engine import Engine
+
+    flags = {
+        "model.name": MODEL,
+        "coserve.mode": mode,
+        "coserve.temporal_every": args.temporal_every,
+        "slo.tpot_ms": args.tpot_ms,
+        "slo.ttft_ms": args.ttft_ms,
+        "cache.prefix_caching": False,
+    }
+    return Engine(load_settings(flags))
+
+
+def new_trainer(engine: Any) -> Any:
+    from finetune_vs_peft import tokens_of
+
+    from tokenloom.finetune.data import Sample
+    from tokenloom.finetune.hyperparameters import FinetuneOptions, resolve_hyperparameters
+    from tokenloom.finetune.local import new_adapter
+    from tokenloom.finetune.objective import SupervisedFinetuning
+    from tokenloom.finetune.trainer import Trainer
+
+    samples = [Sample(ids, [0.0] + [1.0] * (TRAIN_TOKENS - 1)) for ids in tokens_of(TRAIN_TOKENS, 64)]
+    options = {
+        "hyperparameters": {"n_epochs": 50, "batch_size": 1},
+        "training": {"max_seq_tokens": TRAIN_TOKENS, "checkpoint_every_steps": 10**6},
+    }
+    hyper = resolve_hyperparameters(len(samples), FinetuneOptions.model_validate(options))
+    adapter = new_adapter(engine, hyper, SEED)
+    return Trainer(
+        engine.decoder,
+        engine.kv,
+        engine.pool,
+        adapter,
+        samples,
+        hyper,
+        SupervisedFinetuning(),
+        Ignore(),
+        seed=SEED,
+    )
+
+
+class Ignore:
+    """A listener that keeps nothing."""
+
+    def step(self, progress: Any, metrics: Any, eta_s: Any) -> None:
+        self.last = metrics
+
+    def checkpoint(self, snapshot: Any, metrics: Any) -> None:
+        self.last = metrics
+
+    def save(self, snapshot: Any) -> None:
+        self.saved = True
+
+    def finished(self, snapshot: Any) -> None:
+        raise RuntimeError("the job should not end within a run")
+
+    def failed(self, error: BaseException, step: int) -> None:
+        raise error
+
+
+def replay(args: argparse.Namespace) -> dict[str, Any]:
+    """One mode at one rate."""
+    from tokenloom.engine.request import Request
+    from tokenloom.engine.sampling_params import SamplingParams
+    from tokenloom.finetune.profiler import stored_profile
+
+    engine = new_engine(args.worker, args)
+    trainer = None
+    if args.worker != "off":
+        trainer = new_trainer(engine)
+        engine.coserver.latency = stored_profile(engine, Path(args.home))
+        engine.coserver.add(trainer)
+    arrivals = trace(args.rate, args.seconds, engine.config.vocab_size) if args.rate else []
+    by_id = {f"r{i}": arrival for i, arrival in enumerate(arrivals)}
+    waiting = list(by_id.items())
+    start = time.monotonic()
+    engine.coserver.arrivals = lambda: bool(waiting) and time.monotonic() - start >= waiting[0][1].at_s
+    ends: list[tuple[float, int]] = [(0.0, 0)]
+    while True:
+        now = time.monotonic() - start
+        if now > args.seconds + DRAIN_S or not (now <= args.seconds or waiting or engine.requests):
+            break
+        while waiting and waiting[0][1].at_s <= now:
+            name, arrival = waiting.pop(0)
+            params = SamplingParams(temperature=0.0, max_tokens=arrival.max_tokens, ignore_eos=True)
+            request = Request(name, arrival.prompt, params)
+            request.arrival_s = start + arrival.at_s
+            engine.add(request)
+        if not engine.has_work:
+            time.sleep(0.001)
+            continue
+        outputs = engine.step()
+        now = time.monotonic() - start
+        for output in outputs:
+            by_id[output.request_id].token_s += [now] * sum(len(d.token_ids) for d in output.deltas)
+        if trainer is not None and trainer.rows_run > ends[-1][1]:
+            ends.append((now, trainer.rows_run))
+    return summary(args, engine, list(by_id.values()), [e for e in ends if e[0] <= args.seconds])
+
+
+def summary(args: argparse.Namespace, engine: Any, arrivals: list[Arrival], ends: Any) -> dict[str, Any]:
+    counted = [a for a in arrivals if a.at_s >= WARMUP_S]
+    ttft = [(a.token_s[0] - a.at_s) * 1e3 if a.token_s else 1e9 for a in counted]
+    tpot = [
+        (a.token_s[-1] - a.token_s[0]) * 1e3 / max(1, len(a.token_s) - 1) if a.token_s else 1e9
+        for a in counted
+    ]
+    done = [len(a.token_s) == a.max_tokens for a in counted]
+    kept = [d and t <= args.ttft_ms and p <= args.tpot_ms for d, t, p in zip(done, ttft, tpot, strict=True)]
+    gaps = [(b - a) * 1e3 for r in counted for a, b in pairwise(r.token_s)]
+    first = next((i for i, (at, _) in enumerate(ends) if at >= WARMUP_S), None)
+    rate = 0.0
+    if first is not None and len(ends) > first + 1:
+        rate = (ends[-1][1] - ends[first][1]) / (ends[-1][0] - ends[first][0])
+    elif len(ends) > 1:
+        rate = ends[-1][1] / args.seconds
+    mixed = [i for i in engine.coserver.iterations if i.planned_ms and i.measured_ms]
+    return {
+        "mode": args.worker,
+        "rate": args.rate,
+        "requests": len(counted),
+        "per_request": [
+            {"ttft_ms": t, "tpot_ms": p, "tokens": a.max_tokens}
+            for t, p, a in zip(ttft, tpot, counted, strict=True)
+        ],
+        "attainment": sum(kept) / len(kept) if kept else 1.0,
+        "ttft_ms": quantiles(ttft),
+        "gap_ms": quantiles(gaps),
+        "tpot_ms": quantiles(tpot),
+        "finetuning_tokens_per_s": rate,
+        "inference_tokens_per_s": sum(len(a.token_s) for a in counted) / (args.seconds - WARMUP_S),
+        "restarts": engine.coserver.num_restarts,
+        "over_plan": sum(i.measured_ms > i.planned_ms for i in mixed) / len(mixed) if mixed else None,
+        "iterations": len(engine.coserver.iterations),
+    }
+
+
+def quantiles(values: list[float]) -> dict[str, float]:
+    ordered = sorted(values)
+    if not ordered:
+        return {"p50": 0.0, "p99": 0.0}
+    return {
+        "p50": ordered[len(ordered) // 2],
+        "p99": ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))],
+    }
+
+
+def calibrate(args: argparse.Namespace) -> dict[str, Any]:
+    """Unloaded time per token, the rate that saturates the machine, and the latency profile."""
+    from tokenloom.engine.request import Request
+    from tokenloom.engine.sampling_params import SamplingParams
+    from tokenloom.finetune.profiler import EngineProfiler, stored_profile
+
+    engine = new_engine("off", args)
+    params = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
+    engine.add(Request("alone", list(range(100, 196)), params))
+    times = []
+    while engine.has_work:
+        engine.step()
+        times.append(time.monotonic())
+    gaps = [b - a for a, b in pairwise(times[1:])]
+    arrivals = trace(1.0, 48.0, engine.config.vocab_size)
+    start = time.monotonic()
+    for i, arrival in enumerate(arrivals):
+        limits = SamplingParams(temperature=0.0, max_tokens=arrival.max_tokens, ignore_eos=True)
+        engine.add(Request(f"r{i}", arrival.prompt, limits))
+    while engine.has_work:
+        engine.step()
+    rate = len(arrivals) / (time.monotonic() - start)
+    began = time.monotonic()
+    if stored_profile(engine, Path(args.home)) is None:
+        trainer = new_trainer(engine)
+        profiler = EngineProfiler(engine, trainer.adapter, trainer.hyper, Path(args.home))
+        while profiler.run_cell() is None:
+            continue
+    profile_s = time.monotonic() - began
+    return {"tpot_ms": statistics.median(gaps) * 1e3, "rate": rate, "profile_s": profile_s}
+
+
+def worker(args: argparse.Namespace, mode: str, rate: float, seconds: float) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--worker", mode, "--rate", str(rate), "--seconds", str(seconds)]
+    command += ["--tpot-ms", str(args.tpot_ms), "--ttft-ms", str(args.ttft_ms), "--home", args.home]
+    command += ["--temporal-every", str(args.temporal_every)]
+    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    result: dict[str, Any] = json.loads(out.splitlines()[-1])
+    return result
+
+
+def separate(rows: list[dict[str, Any]], args: argparse.Namespace, alone: float) -> list[dict[str, Any]]:
+    """A share p of the machines serves (each at rate / p), the others train."""
+    emulated = []
+    for base in [row for row in rows if row["mode"] == "off"]:
+        for share in SHARES:
+            row = worker(args, "off", base["rate"] / share, args.seconds)
+            row |= {
+                "mode": f"separate {share:.0%}",
+                "rate": base["rate"],
+                "load": base["load"],
+                "finetuning_tokens_per_s": alone * (1 - share),
+                "inference_tokens_per_s": row["inference_tokens_per_s"] * share,
+            }
+            emulated.append(row)
+            show(row)
+    return emulated
+
+
+HEADER = (
+    f"{'mode':17s} {'load':>5s} {'req/s':>6s} {'n':>4s} {'SLO':>5s} {'TTFT p50':>9s} {'p99':>7s} "
+    f"{'gap p50':>8s} {'p99':>7s} {'ft tok/s':>9s} {'out tok/s':>9s} {'restarts':>8s}"
+)
+
+
+def show(row: dict[str, Any]) -> None:
+    print(
+        f"{row['mode']:17s} {row['load']:5.2f} {row['rate']:6.2f} {row['requests']:4d} "
+        f"{row['attainment']:5.0%} {row['ttft_ms']['p50']:9.0f} {row['ttft_ms']['p99']:7.0f} "
+        f"{row['gap_ms']['p50']:8.0f} {row['gap_ms']['p99']:7.0f} {row['finetuning_tokens_per_s']:9.1f} "
+        f"{row['inference_tokens_per_s']:9.1f} {row['restarts']:8d}",
+        flush=True,
+    )
+
+
+def plot(rows: list[dict[str, Any]], alone: float, file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.2))
+    pictures = [
+        ("SLO attainment", lambda r: 100 * r["attainment"], "%"),
+        ("p99 gap between tokens", lambda r: r["gap_ms"]["p99"], "ms"),
+        ("finetuning", lambda r: r["finetuning_tokens_per_s"], "tokens/s"),
+    ]
+    for axis, (title, value, unit) in zip(axes, pictures, strict=True):
+        for mode in dict.fromkeys(row["mode"] for row in rows):
+            points = sorted((row["load"], value(row)) for row in rows if row["mode"] == mode)
+            style = ":" if mode.startswith("separate") else "-"
+            axis.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=mode)
+        axis.set(title=title, xlabel="load (1 = saturated by inference alone)", ylabel=unit)
+    axes[1].set_yscale("log")
+    axes[2].axhline(alone, color="gray", linewidth=0.8)
+    axes[2].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+
+
+def verdict(rows: list[dict[str, Any]], alone: float) -> None:
+    """The targets, each beside what was found."""
+    at = {(row["mode"], row["load"]): row for row in rows}
+    loads = sorted({row["load"] for row in rows})
+    print("\nload  attainment co-serving - off (points)  gap p99 temporal / co-serving  share of ft_only")
+    for load in loads:
+        off, co, temporal = at["off", load], at["coserve", load], at["temporal", load]
+        print(
+            f"{load:4.2f}  {100 * (co['attainment'] - off['attainment']):20.1f}"
+            f"  {temporal['gap_ms']['p99'] / max(1e-9, co['gap_ms']['p99']):31.1f}"
+            f"  {co['finetuning_tokens_per_s'] / alone:27.0%}"
+        )
+    print("\nwhere another mode trains faster at an attainment no lower than co-serving's less 3 points:")
+    lost = [
+        (row["mode"], row["load"], row["finetuning_tokens_per_s"], at["coserve", row["load"]])
+        for row in rows
+        if row["mode"] not in ("off", "coserve")
+        and row["finetuning_tokens_per_s"] > at["coserve", row["load"]]["finetuning_tokens_per_s"]
+        and row["attainment"] >= at["coserve", row["load"]]["attainment"] - 0.03
+    ]
+    for mode, load, rate, co in lost:
+        print(f"  {mode} at load {load}: {rate:.1f} against {co['finetuning_tokens_per_s']:.1f} tokens/s")
+    if not lost:
+        print("  nowhere")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--loads", default="0.1,0.2,0.4,0.6,0.8")
+    parser.add_argument("--modes", default=",".join(MODES))
+    parser.add_argument("--no-separate", action="store_true", help="leave out the emulated clusters")
+    parser.add_argument("--temporal-every", type=int, default=64)
+    parser.add_argument("--ttft-ms", type=float, default=2000.0)
+    parser.add_argument("--out", type=Path, default=Path("results/coserve"))
+    parser.add_argument("--tpot-ms", type=float, default=1e9, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--rate", type=float, default=0.0, help=argparse.SUPPRESS)
+    parser.add_argument("--home", default="", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        print(json.dumps(calibrate(args) if args.worker == "calibrate" else replay(args)))
+        return
+    args.home = args.home or os.environ.get("TOKENLOOM_HOME") or tempfile.mkdtemp(prefix="tokenloom-bench-")
+    found = worker(args, "calibrate", 0.0, 0.0)
+    args.tpot_ms = 3 * found["tpot_ms"]
+    print(
+        f"unloaded token {found['tpot_ms']:.1f} ms, so TPOT target {args.tpot_ms:.0f} ms, TTFT target "
+        f"{args.ttft_ms:.0f} ms; load 1 = {found['rate']:.2f} requests/s; "
+        f"profile took {found['profile_s']:.0f} s"
+    )
+    alone = worker(args, "ft_only", 0.0, args.seconds)["finetuning_tokens_per_s"]
+    print(f"ft_only: {alone:.1f} tokens/s\n{HEADER}")
+    rows = []
+    for load in map(float, args.loads.split(",")):
+        for mode in args.modes.split(","):
+            row = worker(args, mode, load * found["rate"], args.seconds) | {"load": load}
+            rows.append(row)
+            show(row)
+    if not args.no_separate:
+        rows += separate(rows, args, alone)
+    args.out.mkdir(parents=True, exist_ok=True)
+    report = {"calibration": found, "ft_only_tokens_per_s": alone, "rows": rows}
+    (args.out / "coserve.json").write_text(json.dumps(report, indent=1) + "\n")
+    plot(rows, alone, args.out / "coserve.png")
+    verdict(rows, alone)
+
+
+if __name__ == "__main__":
+    main()
