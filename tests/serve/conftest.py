@@ -11,6 +11,7 @@ import pytest
 from fake_engine import FakeEngine
 from running import Running, settings
 from tiny_models import build_tiny
+from tokenloom.serve.jobs import open_jobs
 
 
 @pytest.fixture(scope="session")
@@ -23,12 +24,15 @@ def shared() -> Iterator[Running]:
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., Running]]:
-    """Start a server over a fresh fake engine: `serve(step_s=0.1, limits__max_n=2)`."""
+    """Start a server over a fresh fake engine: `serve(step_s=0.1, limits__max_n=2)`. With `jobs` it has the
+    routes of files and jobs, too (and must be told not to train)."""
     started: list[Running] = []
 
-    def start(*, step_s: float = 0.0, routers: Any = (), engine: Any = None, **flags: Any) -> Running:
+    def start(
+        *, step_s: float = 0.0, routers: Any = (), engine: Any = None, jobs: bool = False, **flags: Any
+    ) -> Running:
         engine = engine or FakeEngine(settings(**flags), step_s=step_s)
-        started.append(Running(engine, routers))
+        started.append(Running(engine, routers, open_jobs(engine, engine.settings) if jobs else None))
         return started[-1]
 
     yield start

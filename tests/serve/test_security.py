@@ -1,6 +1,7 @@
 """Keys, hosts, origins, concurrency and request ids."""
 
 import http.client
+import re
 import threading
 
 import pytest
@@ -27,23 +28,25 @@ def all_routes(app):
     return [(method.upper(), path) for path, methods in paths.items() for method in methods]
 
 
-def test_every_route_but_health_and_ready_needs_a_key(serve):
+def test_every_route_but_health_and_ready_needs_a_key(serve, tmp_path, monkeypatch):
+    monkeypatch.setenv("TOKENLOOM_HOME", str(tmp_path))
     later = APIRouter()
 
     @later.get("/v1/later")
     async def route() -> dict[str, bool]:
         return {"ok": True}
 
-    server = serve(server__api_keys=["one", "two"], routers=[later])
+    server = serve(server__api_keys=["one", "two"], routers=[later], jobs=True, coserve__mode="off")
     routes = [
         *all_routes(server.app),
         ("GET", "/openapi.json"),
         ("GET", "/nowhere"),
         ("OPTIONS", "/v1/models"),
     ]
-    assert ("GET", "/v1/later") in routes and len(routes) > 12
+    assert {("GET", "/v1/later"), ("POST", "/v1/files"), ("POST", "/v1/load_lora_adapter")} <= set(routes)
+    assert len(routes) > 25
     for method, path in routes:
-        path = path.replace("{model_id}", "fake")
+        path = re.sub(r"\{\w+\}", "fake", path)
         response = server.http.request(method, path, json={} if method == "POST" else None)
         if path in OPEN:
             assert response.status_code == 200
@@ -75,8 +78,48 @@ def test_only_the_exact_open_paths_are_open(locked, path):
 
 
 def test_an_empty_key_is_no_setting():
-    with pytest.raises(ConfigError, match="api_keys"):
-        settings(server__api_keys=["good", ""])
+    for kind in ("api_keys", "admin_keys"):
+        with pytest.raises(ConfigError, match=kind):
+            settings(**{f"server__{kind}": ["good", ""]})
+
+
+def bearer(key):
+    return {"authorization": f"Bearer {key}"} if key else {}
+
+
+def unload(server, key):
+    body = {"lora_name": "nobody"}
+    return server.http.post("/v1/unload_lora_adapter", json=body, headers=bearer(key))
+
+
+@pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"])
+def test_adapters_are_for_holders_of_an_admin_key(serve, path):
+    server = serve(server__api_keys=["user"], server__admin_keys=["admin"])
+    body = {"lora_name": "a", "lora_path": "a"}
+    refused = server.http.post(path, json=body, headers=bearer("user"))
+    assert_error(refused, 403, None, "admin_key_required")
+    for key in (None, "adm", "admin2"):
+        assert_error(server.http.post(path, json=body, headers=bearer(key)), 401, None, "invalid_api_key")
+    assert server.http.post(path, json=body, headers=bearer("admin")).status_code not in (401, 403)
+
+
+def test_an_admin_key_opens_everything_else_too(serve):
+    server = serve(server__api_keys=["user"], server__admin_keys=["admin"])
+    assert server.http.get("/v1/models", headers=bearer("admin")).status_code == 200
+
+
+def test_with_admin_keys_alone_only_the_admin_routes_ask_for_one(serve):
+    server = serve(server__admin_keys=["admin"])
+    assert server.http.get("/v1/models").status_code == 200
+    response = unload(server, None)
+    assert_error(response, 401, None, "invalid_api_key")
+    assert response.headers["www-authenticate"] == "Bearer"
+    assert unload(server, "admin").status_code == 404
+
+
+def test_without_admin_keys_the_api_keys_are_enough(serve):
+    assert unload(serve(server__api_keys=["user"]), "user").status_code == 404
+    assert unload(serve(), None).status_code == 404
 
 
 def test_without_keys_none_is_asked_for(shared):
@@ -107,6 +150,8 @@ def test_no_cross_origin_access_unless_configured(shared, serve):
     )
     assert preflight.status_code == 200
     assert preflight.headers["access-control-allow-origin"] == "https://app.example"
+    wanted = {"access-control-request-method": "POST", "access-control-request-headers": "idempotency-key"}
+    assert server.http.options("/v1/files", headers={**origin, **wanted}).status_code == 200
     other = server.http.get("/v1/models", headers={"origin": "https://evil.example"})
     assert "access-control-allow-origin" not in other.headers
 

@@ -112,15 +112,16 @@ class AdapterLoader:
             folder = (self.root / path).resolve()
             places = (folder, *((folder / name).resolve() for name in (CONFIG_FILE, TENSORS_FILE)))
             inside = folder != self.root and all(place.is_relative_to(self.root) for place in places)
+            exists = inside and folder.is_dir()
         except (OSError, RuntimeError, ValueError):  # too long, a loop of links, a zero byte
-            inside = False
+            inside = exists = False
         if not inside:
             raise RequestError(
                 "lora_path: must be a folder below the adapters' folder of this server, links included",
                 param="lora_path",
                 code="path_not_allowed",
             )
-        if not folder.is_dir():
+        if not exists:
             raise RequestError(
                 f"lora_path: there is no folder {self.shown(folder)!r} in the adapters' folder",
                 param="lora_path",

@@ -1,0 +1,366 @@
+"""OpenAI's client drives fine-tuning jobs on the real engine, beside its requests."""
+
+from __future__ import annotations
+
+import csv
+import io
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from tuning_server import client_of, create, rows, say, start, steps_of, until, upload
+
+import tokenloom.serve.models
+from running import Running, assert_error, wait_for
+from tokenloom.engine.latency_model import Features, LatencyModel
+
+LONG = 50  # epochs; of many rows, that is more than any test waits for
+
+
+@pytest.fixture
+def begin(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Running]]:
+    """Start a server on this test's home folder; `begin()` again after `stop()` is a restart."""
+    monkeypatch.setenv("TOKENLOOM_HOME", str(tmp_path / "home"))
+    started: list[Running] = []
+
+    def again(**flags: Any) -> Running:
+        started.append(start(tiny_folder, **flags))
+        return started[-1]
+
+    yield again
+    for server in started:
+        if server.thread.is_alive():
+            server.stop()
+
+
+@pytest.fixture(scope="module")
+def tuned(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A server with room for two adapters, and a finished job of four epochs with three checkpoints."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TOKENLOOM_HOME", str(tmp_path_factory.mktemp("home")))
+        server = start(tiny_folder, adapters__max_loaded=2)
+        client = client_of(server)
+        job = create(client, upload(client, rows(12)), epochs=4, suffix="sailor")
+        job = until(client, job.id, "succeeded", "failed")
+        assert job.status == "succeeded", job.error
+        yield server, client, job
+        server.stop()
+
+
+def names(client: openai.OpenAI) -> list[str]:
+    return [model.id for model in client.models.list()]
+
+
+def checkpoints(client: openai.OpenAI, job: Any) -> list[Any]:
+    return client.fine_tuning.jobs.checkpoints.list(job.id).data
+
+
+def loaded(server: Running) -> list[str]:
+    return [adapter.name for adapter in server.engine.engine.adapters.list()]
+
+
+def test_a_finished_job_tells_what_it_did(tuned):
+    _, client, job = tuned
+    assert job.fine_tuned_model.startswith("ft:tiny:sailor:")
+    assert job.trained_tokens > 0 and job.error is None
+    events = client.fine_tuning.jobs.list_events(job.id, limit=100).data
+    losses = {e.data["step"]: e.data["train_loss"] for e in events if e.type == "metrics"}
+    assert sorted(losses) == list(range(1, 13))
+    assert losses[12] < losses[1]
+    assert [c.step_number for c in checkpoints(client, job)] == [12, 9, 6]
+
+
+def test_the_result_file_has_a_row_for_each_step(tuned):
+    _, client, job = tuned
+    table = csv.DictReader(io.StringIO(client.files.content(job.result_files[0]).text))
+    assert [int(row["step"]) for row in table] == list(range(1, 13))
+
+
+def test_a_fine_tuned_model_answers_as_itself(tuned):
+    _, client, job = tuned
+    messages = [{"role": "user", "content": "what of the sea?"}]
+    fields = {"messages": messages, "temperature": 0, "max_tokens": 12}
+    answers = {}
+    for name in ("tiny", job.fine_tuned_model, checkpoints(client, job)[-1].fine_tuned_model_checkpoint):
+        answer = client.chat.completions.create(model=name, **fields)
+        assert answer.model == name
+        answers[name] = answer.choices[0].message.content
+    assert len(set(answers.values())) == 3
+    vectors = [
+        client.embeddings.create(model=name, input="the sea").data[0].embedding
+        for name in ("tiny", job.fine_tuned_model)
+    ]
+    assert vectors[0] != vectors[1]
+
+
+def test_fine_tuned_models_are_listed_with_their_base(tuned):
+    _, client, job = tuned
+    wanted = [job.fine_tuned_model, *(c.fine_tuned_model_checkpoint for c in checkpoints(client, job))]
+    assert names(client)[0] == "tiny" and set(names(client)) == {"tiny", *wanted}
+    assert len(names(client)) == len(wanted) + 1
+    card = client.models.retrieve(job.fine_tuned_model)
+    assert (card.root, card.parent, card.created) == (card.id, "tiny", job.finished_at)
+
+
+def test_only_the_models_used_last_stay_loaded(tuned):
+    server, client, job = tuned
+    three = [c.fine_tuned_model_checkpoint for c in checkpoints(client, job)]
+    texts = [say(server, name) for name in three]
+    assert set(loaded(server)) == set(three[1:])
+    assert say(server, three[0]) == texts[0]
+    assert set(loaded(server)) == {three[0], three[2]}
+
+
+def test_requests_that_come_together_load_a_model_once(tuned, monkeypatch):
+    server, _, job = tuned
+    server.engine.engine.adapters.remove(job.fine_tuned_model)
+    load, calls, go = tokenloom.serve.models.load_adapter, [], threading.Event()
+
+    def slow(*arguments: Any) -> Any:
+        calls.append(arguments)
+        assert go.wait(10)
+        return load(*arguments)
+
+    monkeypatch.setattr(tokenloom.serve.models, "load_adapter", slow)
+    texts: list[str] = []
+    threads = [
+        threading.Thread(target=lambda: texts.append(say(server, job.fine_tuned_model))) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: bool(calls))
+    assert say(server, "tiny")  # the event loop does not wait for the loading
+    go.set()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1 and len(set(texts)) == 1 and len(texts) == 4
+
+
+def test_models_of_nobody_are_not_found(tuned):
+    server, _, _ = tuned
+    for name in ("ft:tiny:sailor:000", "nobody"):
+        body = {"model": name, "prompt": "a"}
+        assert_error(server.http.post("/v1/completions", json=body), 404, "model", "model_not_found")
+        assert_error(server.http.get(f"/v1/models/{name}"), 404, "model", "model_not_found")
+        assert_error(server.http.delete(f"/v1/models/{name}"), 404, "model", "model_not_found")
+        assert_error(server.http.post("/tokenize", json=body), 404, "model", "model_not_found")
+    assert_error(server.http.delete("/v1/models/tiny"), 400, "model")
+
+
+def test_tokens_can_be_asked_of_a_fine_tuned_model(tuned):
+    server, _, job = tuned
+    body = {"model": job.fine_tuned_model, "prompt": "the sea"}
+    assert server.http.post("/tokenize", json=body).status_code == 200
+
+
+def test_metrics_tell_of_training(tuned):
+    server, _, job = tuned
+    say(server, job.fine_tuned_model)
+    lines = dict(
+        line.rsplit(" ", 1) for line in server.http.get("/metrics").text.splitlines() if line[0] != "#"
+    )
+
+    def value(name: str) -> float:
+        return float(lines[f'tokenloom:{name}{{model_name="tiny"}}'])
+
+    assert value("finetune_steps_total") == 12
+    assert value("finetune_tokens_total") == value("finetune_rows_total") > 0
+    assert value("finetune_restarts_total") == value("finetune_jobs_running") == 0
+    assert value("finetune_loss") > 0
+    assert value("kv_blocks_training") == 0
+    assert float(lines[f'tokenloom:model_requests_total{{model_name="{job.fine_tuned_model}"}}']) > 0
+    assert any(f'adapter_info{{model_name="{job.fine_tuned_model}",version="' in line for line in lines)
+    assert 'model_name="nobody"' not in "".join(lines)
+
+
+def test_a_deleted_model_is_gone_and_its_checkpoints_stay(begin):
+    server = begin()
+    client = client_of(server)
+    job = create(client, upload(client, rows(12)), epochs=1)
+    job = until(client, job.id, "succeeded")
+    assert say(server, job.fine_tuned_model)
+    deleted = client.models.delete(job.fine_tuned_model)
+    assert (deleted.id, deleted.deleted) == (job.fine_tuned_model, True)
+    assert loaded(server) == []
+    body = {"model": job.fine_tuned_model, "prompt": "a"}
+    assert_error(server.http.post("/v1/completions", json=body), 404, "model", "model_not_found")
+    [checkpoint] = checkpoints(client, job)
+    assert names(client) == ["tiny", checkpoint.fine_tuned_model_checkpoint]
+    assert say(server, checkpoint.fine_tuned_model_checkpoint)
+
+
+def test_a_checkpoint_of_a_job_at_work_can_be_used_but_not_deleted(begin):
+    server = begin()
+    client = client_of(server)
+    job = create(
+        client,
+        upload(client, rows(240)),
+        epochs=LONG,
+        training={"checkpoint_every_steps": 2, "save_total_limit": 1000},
+    )
+    wait_for(lambda: bool(checkpoints(client, job)), 30)
+    name = checkpoints(client, job)[-1].fine_tuned_model_checkpoint
+    assert say(server, name)
+    assert_error(server.http.delete(f"/v1/models/{name}"), 400, "model", "model_in_use")
+    client.fine_tuning.jobs.cancel(job.id)
+
+
+def test_a_paused_job_goes_on_and_succeeds(begin):
+    server = begin()
+    client = client_of(server)
+    job = create(client, upload(client, rows(12)), epochs=12)
+    wait_for(lambda: steps_of(client, job.id) >= 2, 30)
+    assert client.fine_tuning.jobs.pause(job.id).status == "paused"
+    wait_for(lambda: not server.engine.engine.coserver.trainings)
+    done = steps_of(client, job.id)
+    assert done < 36
+    assert client.fine_tuning.jobs.resume(job.id).status == "queued"
+    assert until(client, job.id, "succeeded", "failed").status == "succeeded"
+    events = client.fine_tuning.jobs.list_events(job.id, limit=100).data
+    assert sorted(e.data["step"] for e in events if e.type == "metrics") == list(range(1, 37))
+    assert f"Going on after step {done}" in [event.message for event in events]
+
+
+def test_a_cancelled_job_gives_everything_back(begin):
+    server = begin()
+    client, engine = client_of(server), server.engine.engine
+    job = create(client, upload(client, rows(240)), epochs=LONG)
+    wait_for(lambda: steps_of(client, job.id) >= 1, 30)
+    assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
+    wait_for(lambda: not engine.coserver.trainings and engine.pool.num_used == 0)
+    engine.pool.check()
+    following = create(client, upload(client, rows(12)), epochs=1)
+    assert until(client, following.id, "succeeded").status == "succeeded"
+
+
+def test_faulty_rows_fail_the_job_with_their_lines(begin):
+    server = begin()
+    client = client_of(server)
+    bad = rows(12) + b'{"messages": []}\nnot json\n'
+    job = until(client, create(client, upload(client, bad)).id, "failed")
+    assert (job.error.code, job.error.param) == ("invalid_training_file", "training_file")
+    assert "line 13" in job.error.message and "line 14" in job.error.message
+    assert job.trained_tokens is None
+    assert say(server, "tiny")
+
+
+def test_requests_get_the_same_text_while_a_job_trains(begin):
+    server = begin()
+    client = client_of(server)
+    prompts = [f"{word} of the sea and" for word in ("wind", "storm", "boat", "sail")]
+    alone = [say(server, "tiny", prompt, 40) for prompt in prompts]
+    job = create(client, upload(client, rows(240)), epochs=LONG)
+    wait_for(lambda: steps_of(client, job.id) >= 1, 30)
+    before = server.engine.stats().training_tokens
+    beside = [say(server, "tiny", prompt, 40, cache_salt="cold") for prompt in prompts]
+    assert beside == alone
+    assert server.engine.stats().training_tokens > before
+    assert client.fine_tuning.jobs.retrieve(job.id).status == "running"
+    client.fine_tuning.jobs.cancel(job.id)
+
+
+@pytest.mark.parametrize("profiled", [False, True])
+def test_co_serving_finishes_a_job_beside_requests(begin, profiled):
+    """Once with a latency model that is given, once with the profile that the server takes itself."""
+    server = begin(coserve__mode="coserve")
+    client = client_of(server)
+    if not profiled:
+        samples = [
+            (Features(rows=n, context=n * n, head_rows=1, train_rows=n), 0.1 + n / 100) for n in (1, 8, 64)
+        ]
+        samples += [(Features(bwd_quanta=1, bwd_rows=n, bwd_context=n * n), 0.1 + n / 100) for n in (8, 64)]
+        samples += [(Features(loss_quanta=1, loss_rows=8), 0.2), (Features(optimizer=1), 0.5)]
+        server.engine.engine.coserver.latency = LatencyModel.fit(samples)
+    alone = say(server, "tiny", max_tokens=60)
+    job = create(client, upload(client, rows(12)), epochs=4)
+    wait_for(lambda: server.engine.stats().training_jobs == 1)
+    for salt in range(5):
+        assert say(server, "tiny", max_tokens=60, cache_salt=str(salt)) == alone
+    assert until(client, job.id, "succeeded", "failed").status == "succeeded"
+
+
+def test_a_restarted_server_goes_on_with_its_jobs(begin):
+    server = begin()
+    client = client_of(server)
+    file = upload(client, rows(12))
+    job, second = create(client, file, epochs=20), create(client, file, epochs=1)
+    wait_for(lambda: steps_of(client, job.id) >= 2, 30)
+    server.stop()
+    server = begin()
+    client = client_of(server)
+    assert until(client, job.id, "succeeded", "failed").status == "succeeded"
+    assert until(client, second.id, "succeeded", "failed").status == "succeeded"
+    events = client.fine_tuning.jobs.list_events(job.id, limit=1000).data
+    assert sorted(e.data["step"] for e in events if e.type == "metrics") == list(range(1, 61))
+    assert any(event.message.startswith("Going on after step") for event in events)
+
+
+def test_without_training_files_are_kept_and_jobs_refused(begin):
+    server = begin(coserve__mode="off")
+    client = client_of(server)
+    file = upload(client, rows(12))
+    with pytest.raises(openai.BadRequestError, match=r"coserve\.mode is off") as refused:
+        create(client, file)
+    assert refused.value.code == "training_off"
+    assert client.fine_tuning.jobs.list().data == []
+    assert client.files.retrieve(file).bytes == len(rows(12))
+
+
+def test_a_job_waits_while_training_is_off(begin):
+    server = begin()
+    client = client_of(server)
+    job = create(client, upload(client, rows(12)), epochs=20)
+    wait_for(lambda: steps_of(client, job.id) >= 1, 30)
+    server.stop()
+    server = begin(coserve__mode="off")
+    client = client_of(server)
+    assert say(server, "tiny")
+    assert client.fine_tuning.jobs.retrieve(job.id).status == "queued"
+    assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
+
+
+def test_a_second_server_on_the_same_home_serves_without_jobs(begin, tmp_path, caplog):
+    first = begin()
+    second = begin()
+    assert say(second, "tiny") == say(first, "tiny")
+    for method, path in (
+        ("GET", "/v1/files"),
+        ("POST", "/v1/files"),
+        ("DELETE", "/v1/files/file-1"),
+        ("POST", "/v1/fine_tuning/jobs"),
+        ("GET", "/v1/fine_tuning/jobs/ftjob-1/events"),
+    ):
+        message = assert_error(second.http.request(method, path), 503, None, "store_unavailable")
+        assert "in use by another tokenloom process" in message and str(tmp_path) not in message
+    assert "in use by another" in caplog.text
+    assert [model["id"] for model in second.http.get("/v1/models").json()["data"]] == ["tiny"]
+    first.stop()
+
+
+def test_uploads_have_a_limit_of_their_own(begin):
+    server = begin(limits__max_body_bytes=2048, jobs__max_file_bytes=2**20)
+    client = client_of(server)
+    assert client.files.retrieve(upload(client, rows(100))).bytes > 8192
+    with pytest.raises(openai.APIStatusError) as large:
+        upload(client, b"x" * (2**20 + 1))
+    assert large.value.status_code == 413
+    body = {"model": "tiny", "prompt": "x" * 4096}
+    assert_error(server.http.post("/v1/completions", json=body), 413, None, "request_too_large")
+    assert_error(
+        server.http.post("/v1/fine_tuning/jobs", json={"model": "x" * 4096}), 413, None, "request_too_large"
+    )
+
+
+def test_examples_are_no_longer_than_training_has_memory_for(begin):
+    server = begin(cache__kv_bytes=2**19)
+    client, engine = client_of(server), server.engine.engine
+    long = rows(12).replace(b"is wide", b"is " + b"wide and " * 60 + b"wide")
+    job = create(client, upload(client, long), epochs=1, training={"max_seq_tokens": 512})
+    job = until(client, job.id, "succeeded", "failed")
+    assert job.status == "succeeded", job.error
+    assert 8 <= job.training["max_seq_tokens"] < engine.max_model_len
