@@ -37,6 +37,7 @@ Set = Annotated[
 MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
 Temperature = Annotated[float, typer.Option(help="0 picks the most likely token.")]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+AdapterFolder = Annotated[Path | None, typer.Option("--adapter", "-a", help="A PEFT adapter's folder.")]
 
 
 def main() -> None:
@@ -121,6 +122,7 @@ def chat(
     temperature: Temperature = 0.2,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 0.9,
     seed: Seed = None,
+    adapter: AdapterFolder = None,
     dtype: Dtype = None,
     device: Device = None,
     backend: Backend = None,
@@ -132,6 +134,7 @@ def chat(
     from tokenloom.engine.sampling_params import SamplingParams
 
     llm = _llm(_model_flags(model, dtype, device, backend, threads), config, set_)
+    name = _load_adapter(llm, adapter)
     params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed)
     start = [{"role": "system", "content": system}] if system else []
     history = list(start)
@@ -152,7 +155,7 @@ def chat(
         answer = ""
         try:
             prompt = llm.tokenizer.encode(llm.tokenizer.render_chat(history), add_special_tokens=False)
-            for delta in llm.stream(prompt, params):
+            for delta in llm.stream(prompt, params, adapter=name):
                 answer += delta.text
                 print(delta.text, end="", flush=True)
         except KeyboardInterrupt:  # stop this answer, not the chat
@@ -174,6 +177,7 @@ def generate(
     seed: Seed = None,
     n: Annotated[int, typer.Option(help="How many answers.")] = 1,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object per answer.")] = False,
+    adapter: AdapterFolder = None,
     dtype: Dtype = None,
     device: Device = None,
     backend: Backend = None,
@@ -186,15 +190,69 @@ def generate(
 
     text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
     llm = _llm(_model_flags(model, dtype, device, backend, threads), config, set_)
+    name = _load_adapter(llm, adapter)
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed, n=n)
     if n == 1 and not json_:
-        for delta in llm.stream(text, params):
+        for delta in llm.stream(text, params, adapter=name):
             print(delta.text, end="", flush=True)
         print()
         return
-    for choice in llm.generate(text, params)[0].completions:
+    for choice in llm.generate(text, params, adapter=name)[0].completions:
         fields = {"text": choice.text, "tokens": len(choice.token_ids), "finish_reason": choice.finish_reason}
         print(json.dumps(fields, ensure_ascii=False) if json_ else f"[{choice.index}] {choice.text}")
+
+
+@app.command()
+def finetune(
+    data: Annotated[Path, typer.Argument(help="JSONL: a chat or a prompt and completion per line.")],
+    model: Model = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the adapter.")] = Path("adapter"),
+    validation: Annotated[Path | None, typer.Option(help="JSONL to evaluate on at checkpoints.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the data.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples per step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak rate.")] = None,
+    rank: Annotated[int | None, typer.Option(help="LoRA's r.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="LoRA's scale is alpha / r.")] = None,
+    dropout: Annotated[float | None, typer.Option(help="Of LoRA's input.")] = None,
+    target_modules: Annotated[str | None, typer.Option(help="Comma-separated, e.g. q_proj,v_proj.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", "-O", help="Any other option of the jobs API, KEY=VALUE.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the adapter, the order of examples and dropout.")] = 0,
+    server: Annotated[str, typer.Option(help="URL of a running server that is to train.")] = "",
+    api_key: Annotated[str, typer.Option(help="For the server.")] = "",
+    suffix: Annotated[str | None, typer.Option(help="Part of the new model's name on the server.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object per step.")] = False,
+    dtype: Dtype = None,
+    device: Device = None,
+    backend: Backend = None,
+    threads: Threads = None,
+    config: Config = None,
+    set_: Set = None,
+) -> None:
+    """Train a LoRA adapter, here or on a running server. Ctrl-C stops; the same command goes on."""
+    from tokenloom.finetune_cli import Display, train_on_server, train_standalone
+
+    options: dict[str, Any] = {
+        "n_epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "r": rank,
+        "alpha": alpha,
+        "dropout": dropout,
+        "target_modules": target_modules.split(",") if target_modules else None,
+        **_pairs(option, "--option"),
+    }
+    options = {key: value for key, value in options.items() if value is not None} | {"seed": seed}
+    display = Display(err if json_ else out, json_)
+    if server:
+        name = train_on_server(server, api_key, model, data, validation, suffix, options, display)
+        print(json.dumps({"fine_tuned_model": name}) if json_ else f"{name} is ready: name it as the model")
+        return
+    settings = _settings(_model_flags(model, dtype, device, backend, threads), config, set_)
+    _fetch(settings.model.name)
+    folder = train_standalone(settings, data, output, validation, options, display)
+    print(json.dumps({"adapter": str(folder)}) if json_ else f"tokenloom chat --adapter {folder}")
 
 
 @models_app.command("list")
@@ -270,15 +328,29 @@ def _model_flags(
 
 
 def _settings(flags: dict[str, Any], config: Path | None, extra: list[str] | None) -> Settings:
-    for item in extra or []:
+    return load_settings({**flags, **_pairs(extra, "--set")}, config)
+
+
+def _pairs(items: list[str] | None, option: str) -> dict[str, Any]:
+    """KEY=VALUE items; a value that is JSON is read as such."""
+    pairs: dict[str, Any] = {}
+    for item in items or []:
         key, equals, value = item.partition("=")
         if not equals:
-            raise typer.BadParameter(f"{item!r} is not KEY=VALUE", param_hint="--set")
+            raise typer.BadParameter(f"{item!r} is not KEY=VALUE", param_hint=option)
         try:
-            flags[key] = json.loads(value)
+            pairs[key] = json.loads(value)
         except json.JSONDecodeError:
-            flags[key] = value
-    return load_settings(flags, config)
+            pairs[key] = value
+    return pairs
+
+
+def _load_adapter(llm: LLM, folder: Path | None) -> str | None:
+    """Load an adapter under its folder's name; the name, or None without one."""
+    if folder is None:
+        return None
+    llm.load_adapter(folder.resolve().name, folder)
+    return folder.resolve().name
 
 
 def _fetch(name: str) -> None:

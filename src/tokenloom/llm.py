@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tokenloom.config import Settings, load_settings
+from tokenloom.engine.adapters import LoadedAdapter
 from tokenloom.engine.engine import Engine
 from tokenloom.engine.outputs import Completion, Delta, RequestOutput, TokenLogprob, collect
 from tokenloom.engine.request import Request
 from tokenloom.engine.sampling_params import SamplingParams
 from tokenloom.errors import RequestError
+from tokenloom.finetune.local import FinetuneResult, StepReport, finetune_folder
+from tokenloom.models.adapters import load_adapter
 from tokenloom.models.catalog import DEFAULT_MODEL
 from tokenloom.text.tokenizer import Tokenizer
 
@@ -80,12 +84,15 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        adapter: str | None = None,
     ) -> list[RequestOutput]:
         """Continue each prompt; all of them run together.
 
         Args:
             prompts: strings or lists of token ids (or one of either).
             params: for all prompts, or one for each; by default 16 tokens at temperature 1.
+            adapter: the name of a loaded adapter; None is the base model.
 
         Returns:
             One output per prompt, in order.
@@ -98,19 +105,24 @@ class LLM:
         if len(each) != len(many):
             raise RequestError(f"params has {len(each)} entries for {len(many)} prompts", param="params")
         token_ids = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in many]
-        return self._run([Request(self._next_id(), ids, p) for ids, p in zip(token_ids, each, strict=True)])
+        loaded = self._adapter(adapter)
+        return self._run(
+            [Request(self._next_id(), ids, p, adapter=loaded) for ids, p in zip(token_ids, each, strict=True)]
+        )
 
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         params: SamplingParams | None = None,
+        *,
+        adapter: str | None = None,
         **template_variables: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation, or several together.
 
         Args:
             messages: `{"role": ..., "content": ...}` dictionaries, or a list of such lists.
-            params: as in `generate`.
+            params, adapter: as in `generate`.
             template_variables: passed to the model's chat template.
 
         Returns:
@@ -127,16 +139,19 @@ class LLM:
             )
             for conversation in conversations
         ]
-        return self.generate(prompts, params)
+        return self.generate(prompts, params, adapter=adapter)
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, adapter: str | None = None
+    ) -> Iterator[Delta]:
         """Continue one prompt, piece by piece. Ending the iteration early aborts it.
 
         Yields:
             What each choice gained, in the order in which it came.
         """
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        request = Request(self._next_id(), ids, params or SamplingParams())
+        chosen = self._adapter(adapter)
+        request = Request(self._next_id(), ids, params or SamplingParams(), adapter=chosen)
         self.engine.add(request)
         try:
             while not request.finished:
@@ -145,27 +160,103 @@ class LLM:
         finally:
             self.engine.abort(request.request_id)
 
-    def score(self, texts: Prompt | Sequence[Prompt], *, top: int = 0) -> list[Score]:
+    def score(
+        self, texts: Prompt | Sequence[Prompt], *, top: int = 0, adapter: str | None = None
+    ) -> list[Score]:
         """Log-probability of every token of each text, given the ones before it.
 
         Args:
             texts: strings or lists of token ids.
             top: how many alternatives (0..20) to report at each position.
         """
-        outputs = self.generate(texts, SamplingParams(temperature=0.0, max_tokens=0, prompt_logprobs=top))
+        params = SamplingParams(temperature=0.0, max_tokens=0, prompt_logprobs=top)
+        outputs = self.generate(texts, params, adapter=adapter)
         return [Score(output.prompt_token_ids, output.prompt_logprobs or []) for output in outputs]
 
-    def embed(self, texts: Prompt | Sequence[Prompt]) -> list[list[float]]:
+    def embed(self, texts: Prompt | Sequence[Prompt], *, adapter: str | None = None) -> list[list[float]]:
         """Mean of the last hidden states of each text, `[hidden_size]` each."""
         many: list[Prompt] = [texts] if _is_one(texts) else list(texts)  # type: ignore[list-item,arg-type]
-        none = SamplingParams(max_tokens=0)
+        none, chosen = SamplingParams(max_tokens=0), self._adapter(adapter)
         requests = [
             Request(
-                self._next_id(), self.tokenizer.encode(t) if isinstance(t, str) else t, none, kind="embed"
+                self._next_id(),
+                self.tokenizer.encode(t) if isinstance(t, str) else t,
+                none,
+                kind="embed",
+                adapter=chosen,
             )
             for t in many
         ]
         return [output.embedding or [] for output in self._run(requests)]
+
+    def load_adapter(self, name: str, folder: str | Path) -> None:
+        """Make a PEFT adapter available under a name, instead of what had that name before.
+
+        Raises:
+            AdapterError: it cannot be read, or does not fit the model.
+        """
+        engine, path = self.engine, Path(folder)
+        loaded = load_adapter(path, engine.config, engine.dtype, engine.device)
+        engine.adapters.put(name, loaded, path)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter. Raises RequestError if none of that name is loaded."""
+        if self.engine.adapters.remove(name) is None:
+            raise self._unknown_adapter(name)
+
+    def finetune(
+        self,
+        data: str | Path | Sequence[dict[str, Any]],
+        output: str | Path,
+        *,
+        validation: str | Path | None = None,
+        seed: int = 0,
+        on_step: Callable[[StepReport], None] = lambda report: None,
+        **options: Any,
+    ) -> FinetuneResult:
+        """Train a LoRA adapter on examples; the base weights stay as they are.
+
+        An interrupted call can be made again with the same arguments: it goes on from what `output` holds.
+
+        Args:
+            data: a JSONL file, or its rows: `{"messages": [...]}` or `{"prompt": ..., "completion": ...}`.
+            output: a folder that gets `adapter` (PEFT's format), one adapter per checkpoint, and what going
+                on needs.
+            validation: a JSONL file to evaluate on at each checkpoint.
+            options: keys of the jobs API, e.g. `n_epochs`, `batch_size`, `learning_rate`, `r`, `alpha`,
+                `dropout`, `target_modules`, `max_seq_tokens`, `retain`.
+
+        Raises:
+            RequestError: an option is unknown or out of range (the message names it), a row is faulty (with
+                its line), or `output` holds another job.
+            TrainingDiverged: a loss is not a number any more; earlier checkpoints stay.
+
+        Example:
+            >>> result = llm.finetune("train.jsonl", "my-adapter", n_epochs=2, r=8)
+            >>> llm.load_adapter("mine", result.adapter)
+            >>> llm.chat([{"role": "user", "content": "Hello!"}], adapter="mine")
+        """
+        return finetune_folder(
+            self.engine,
+            data if isinstance(data, str | Path) else list(data),
+            Path(output),
+            validation=Path(validation) if validation is not None else None,
+            seed=seed,
+            on_step=on_step,
+            options=options,
+        )
+
+    def _adapter(self, name: str | None) -> LoadedAdapter | None:
+        if name is None:
+            return None
+        adapter = self.engine.adapters.get(name)
+        if adapter is None:
+            raise self._unknown_adapter(name)
+        return adapter
+
+    def _unknown_adapter(self, name: str) -> RequestError:
+        known = ", ".join(adapter.name for adapter in self.engine.adapters.list()) or "none is"
+        return RequestError(f"no adapter {name!r} is loaded ({known})", param="adapter")
 
     def _next_id(self) -> str:
         self._num_requests += 1

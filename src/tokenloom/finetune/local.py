@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from tokenloom.engine.engine import Engine
+from tokenloom.errors import RequestError, TokenloomError
 from tokenloom.finetune.checkpoint import latest_state, save_state
-from tokenloom.finetune.data import Sample
-from tokenloom.finetune.hyperparameters import Hyperparameters
+from tokenloom.finetune.data import Sample, load_samples, validate
+from tokenloom.finetune.hyperparameters import (
+    FinetuneOptions,
+    Hyperparameters,
+    LoraOptions,
+    RequestedHyperparameters,
+    resolve_hyperparameters,
+)
 from tokenloom.finetune.objective import Objective, SupervisedFinetuning
 from tokenloom.finetune.trainer import Progress, Snapshot, Trainer
 from tokenloom.models.adapters import Adapter, Dims, LoraConfig, save_adapter
+
+
+class TrainingStopped(TokenloomError):
+    """Training was stopped before its end, and can go on."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +51,93 @@ class FinetuneResult:
     adapter: Path
     steps: list[StepReport] = field(default_factory=list)
     trained_tokens: int = 0
+    warnings: list[str] = field(default_factory=list)
+    """What the owner of the data should know, e.g. how many examples were truncated."""
+
+
+def finetune_folder(
+    engine: Engine,
+    data: str | Path | list[dict[str, Any]],
+    output: Path,
+    *,
+    validation: Path | None = None,
+    seed: int = 0,
+    on_step: Callable[[StepReport], None] = lambda report: None,
+    stop: Callable[[], bool] = lambda: False,
+    options: dict[str, Any] | None = None,
+) -> FinetuneResult:
+    """From a file (or rows) of examples and options by name to an adapter in `output`; see `LLM.finetune`."""
+    requested = parse_options(options or {})
+    output.mkdir(parents=True, exist_ok=True)
+    if isinstance(data, list):
+        path = output / "training.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in data), encoding="utf-8")
+    else:
+        path = Path(data)
+    limit = min(resolve_hyperparameters(1, requested).training.max_seq_tokens, engine.max_model_len)
+    warnings: list[str] = []
+    datasets: list[Sequence[Sample]] = []
+    for name, file in (("data", path), ("validation", validation)):
+        if file is None:
+            datasets.append(())
+            continue
+        if not file.is_file():
+            raise RequestError(f"{name}: {file} is not a file", param=name)
+        report = validate(file, engine.tokenizer, limit)
+        if not report.ok:
+            raise RequestError(f"{file}: {report.summary()}", param=name, code="invalid_training_file")
+        warnings += [f"{file.name}: {warning}" for warning in report.warnings]
+        datasets.append(load_samples(file, engine.tokenizer, limit).samples)
+    samples, valid = datasets
+    hyper = resolve_hyperparameters(len(samples), requested)
+    hyper = hyper.model_copy(update={"training": hyper.training.model_copy(update={"max_seq_tokens": limit})})
+    if hyper.training.early_stopping_patience is not None and not valid:
+        raise RequestError("early_stopping_patience: needs validation data", param="early_stopping_patience")
+    _claim(output, engine, hyper, seed, path, validation)
+    result = train_here(engine, samples, hyper, output, seed=seed, valid=valid, on_step=on_step, stop=stop)
+    result.warnings = warnings
+    return result
+
+
+def parse_options(options: dict[str, Any]) -> FinetuneOptions:
+    """Options by name, sorted into those of the adapter and those of training.
+
+    Raises RequestError naming the option.
+    """
+    lora = {name: value for name, value in options.items() if name in LoraOptions.model_fields}
+    rest = {name: value for name, value in options.items() if name not in lora}
+    unknown = next((name for name in rest if name not in RequestedHyperparameters.model_fields), None)
+    if unknown is not None:
+        raise RequestError(f"{unknown}: unknown option", param=unknown)
+    try:
+        return FinetuneOptions.model_validate({"lora": lora, "hyperparameters": rest})
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_context=False)[0]
+        name = ".".join(str(part) for part in fault["loc"][1:])
+        raise RequestError(f"{name}: {fault['msg'].removeprefix('Value error, ')}", param=name) from None
+
+
+def _claim(
+    output: Path, engine: Engine, hyper: Hyperparameters, seed: int, data: Path, validation: Path | None
+) -> None:
+    """Note in `output` which job it belongs to. Raises RequestError if it belongs to another."""
+    job = {
+        "base_model": engine.name,
+        "seed": seed,
+        "data_sha256": hashlib.sha256(data.read_bytes()).hexdigest(),
+        "validation_sha256": hashlib.sha256(validation.read_bytes()).hexdigest() if validation else None,
+        **hyper.model_dump(mode="json"),
+    }
+    file = output / "job.json"
+    if file.exists():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        differing = sorted(name for name in job if before.get(name) != job[name])
+        if differing:
+            raise RequestError(
+                f"output: {output} holds another job ({', '.join(differing)} differ): choose another folder",
+                param="output",
+            )
+    file.write_text(json.dumps(job, indent=1) + "\n", encoding="utf-8")
 
 
 def new_adapter(engine: Engine, hyper: Hyperparameters, seed: int) -> Adapter:
@@ -65,6 +167,7 @@ def train_here(
     objective: Objective | None = None,
     adapter: Adapter | None = None,
     on_step: Callable[[StepReport], None] = lambda report: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> FinetuneResult:
     """Train until the last step; the engine does nothing else meanwhile.
 
@@ -73,8 +176,10 @@ def train_here(
     Args:
         output: gets `adapter`, the finished PEFT folder, and `checkpoints`.
         adapter: trained in place instead of a new LoRA.
+        stop: asked between iterations; when it says so, the state is saved and TrainingStopped raised.
 
     Raises:
+        TrainingStopped: `stop` asked for it.
         TrainingDiverged: a loss or gradient is not finite; checkpoints stay.
         OSError: the disk is full, or the like.
     """
@@ -101,9 +206,9 @@ def train_here(
     try:
         while folder.error is None and not trainer.complete:
             engine.step()
-    except KeyboardInterrupt:
-        save_state(states, trainer.stop())
-        raise
+            if stop():
+                save_state(states, trainer.stop())
+                raise TrainingStopped(f"stopped after step {trainer.progress.step}; the state is saved")
     finally:
         coserver.remove(trainer)
         coserver.mode = mode
