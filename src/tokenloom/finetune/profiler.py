@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median
 
@@ -58,27 +58,29 @@ class EngineProfiler:
     Args:
         adapter: like the one that will be trained; its values are not changed.
         home: where the fit is stored.
+        cells: what to measure; the whole grid by default.
     """
 
-    def __init__(self, engine: Engine, adapter: Adapter, hyper: Hyperparameters, home: Path) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        adapter: Adapter,
+        hyper: Hyperparameters,
+        home: Path,
+        cells: Iterable[Cell] | None = None,
+    ) -> None:
         self.engine, self.home = engine, home
         self.adapter, self.hyper = adapter.copy(), hyper
         self.grads = torch.zeros_like(self.adapter.flat)
         self.optimizer = Optimizer(self.adapter.flat, hyper, 1)
         self.samples: list[tuple[Features, float]] = []
-        self._cells = iter(profile_grid())
+        self._cells = iter(profile_grid() if cells is None else cells)
         rows = min(_PASS_ROWS, engine.max_model_len - 1)
         self._tokens = [i % 251 % engine.config.vocab_size for i in range(rows + 1)]
 
     def run_cell(self) -> LatencyModel | None:
         """Time the next cell; the fitted and stored model after the last one."""
-        for cell in self._cells:
-            if self._too_large(cell):
-                continue
-            try:
-                self._measure(cell)
-            except OutOfBlocks:  # the pool is small, or requests hold it: the fit goes without this cell
-                continue
+        if self.measure_next():
             return None
         model = LatencyModel.fit(self.samples, profile_key(self.engine))
         try:
@@ -86,6 +88,18 @@ class EngineProfiler:
         except OSError as error:
             logger.warning("the latency profile could not be stored (%s)", error)
         return model
+
+    def measure_next(self) -> bool:
+        """Time the next cell that the engine has room for; False after the last one."""
+        for cell in self._cells:
+            if self._too_large(cell):
+                continue
+            try:
+                self._measure(cell)
+            except OutOfBlocks:  # the pool is small, or requests hold it: the fit goes without this cell
+                continue
+            return True
+        return False
 
     def _too_large(self, cell: Cell) -> bool:
         longest = max(cell.train_rows, cell.bwd_end, cell.prefill_rows)
