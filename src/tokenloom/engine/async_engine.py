@@ -220,8 +220,8 @@ class AsyncEngine:
         try:
             while not self._stopping:
                 outputs = self._obey()
+                self._trained.count()  # jobs that have just come or gone
                 if self.engine.has_work:
-                    self._trained.count()  # jobs that have just come
                     outputs += self._step()
                     self._trained.count()
                 if outputs:
