@@ -213,7 +213,8 @@ def fake_server(statuses: list[str]) -> httpx.Client:
                     "level": "info",
                     "type": "metrics",
                     "message": f"Step {i}",
-                    "data": {"step": i, "train_loss": 1.0 / i},
+                    "created_at": 1000 + i,
+                    "data": {"step": i, "train_loss": 1.0 / i, "trained_tokens": 50 * i},
                 }
                 for i in range(calls["n"], 0, -1)
             ]
@@ -232,7 +233,7 @@ def test_a_job_on_a_server_is_followed_to_its_end(capsys: pytest.CaptureFixture[
     assert follow(client, "j", Display(Console(stderr=True), True), lambda s: None) == "ft:tiny::j"
     steps = [json.loads(line)["step"] for line in capsys.readouterr().out.splitlines()]
     assert steps == [1, 2, 3, 4]
-    assert slo_state(client) == "2 running, TTFT 500 ms"
+    assert slo_state(client) == "2 running, mean TTFT 500 ms"
 
 
 @pytest.mark.parametrize(("status", "words"), [("failed", "the loss became nan"), ("paused", "is paused")])

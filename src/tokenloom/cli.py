@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from tokenloom.config import Settings, load_settings
@@ -45,7 +47,7 @@ def main() -> None:
     try:
         app()
     except TokenloomError as error:
-        err.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise SystemExit(1) from None
 
 
@@ -240,19 +242,20 @@ def finetune(
         "r": rank,
         "alpha": alpha,
         "dropout": dropout,
-        "target_modules": target_modules.split(",") if target_modules else None,
+        "target_modules": [name.strip() for name in target_modules.split(",")] if target_modules else None,
         **_pairs(option, "--option"),
     }
-    options = {key: value for key, value in options.items() if value is not None} | {"seed": seed}
+    options = {key: value for key, value in options.items() if value is not None}
     display = Display(err if json_ else out, json_)
     if server:
-        name = train_on_server(server, api_key, model, data, validation, suffix, options, display)
+        name = train_on_server(server, api_key, model, data, validation, suffix, seed, options, display)
         print(json.dumps({"fine_tuned_model": name}) if json_ else f"{name} is ready: name it as the model")
         return
     settings = _settings(_model_flags(model, dtype, device, backend, threads), config, set_)
     _fetch(settings.model.name)
-    folder = train_standalone(settings, data, output, validation, options, display)
-    print(json.dumps({"adapter": str(folder)}) if json_ else f"tokenloom chat --adapter {folder}")
+    folder = train_standalone(settings, data, output, validation, seed, options, display)
+    use = shlex.join(["tokenloom", "chat", "--adapter", str(folder), "--model", settings.model.name])
+    print(json.dumps({"adapter": str(folder)}) if json_ else f"The adapter is in {folder}. Try:\n{use}")
 
 
 @models_app.command("list")

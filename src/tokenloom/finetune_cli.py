@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from tokenloom.config import Settings
 from tokenloom.errors import RequestError, TokenloomError
@@ -26,7 +28,7 @@ class ServerError(TokenloomError):
 
 
 class Display:
-    """Steps as a live bar, or as one JSON object per line."""
+    """Steps as a live bar on `out`, or on standard output as one JSON object per line."""
 
     def __init__(self, out: Console, as_json: bool) -> None:
         self.out, self.as_json = out, as_json
@@ -35,7 +37,6 @@ class Display:
             MofNCompleteColumn(),
             BarColumn(),
             TextColumn("{task.fields[state]}"),
-            TimeRemainingColumn(),
             console=out,
             disable=as_json,
         )
@@ -51,11 +52,13 @@ class Display:
             parts.append(f"valid {fields['full_valid_loss']:.4f}")
         if fields.get("tokens_per_s"):
             parts.append(f"{fields['tokens_per_s']:.0f} tokens/s")
-        self.bar.update(self.task, completed=step, total=total, state="  ".join([*parts, note]))
+        if fields.get("eta_s") is not None:
+            parts.append(f"{timedelta(seconds=round(fields['eta_s']))} left")
+        self.bar.update(self.task, completed=step, total=total, state=escape("  ".join([*parts, note])))
 
-    def line(self, text: str) -> None:
-        if not self.as_json:
-            self.bar.console.print(text, highlight=False, soft_wrap=True)
+    def line(self, text: str, style: str = "") -> None:
+        """Words of their own, above the bar."""
+        self.out.print(escape(text), style=style, highlight=False, soft_wrap=True)
 
 
 def train_standalone(
@@ -63,21 +66,26 @@ def train_standalone(
     data: Path,
     output: Path,
     validation: Path | None,
+    seed: int,
     options: dict[str, Any],
     display: Display,
 ) -> Path:
-    """Train in this process; the first Ctrl-C stops with the state saved. Returns the adapter's folder."""
+    """Train in this process; the first Ctrl-C stops with the state saved. Returns the adapter's folder.
+
+    Raises:
+        TrainingStopped: after a Ctrl-C.
+        RequestError: see `LLM.finetune`; or a file cannot be read or written.
+    """
     from tokenloom.engine.engine import Engine
     from tokenloom.finetune.local import StepReport, finetune_folder
 
-    seed = options.pop("seed")
     engine = Engine(settings)
     asked: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, frame: _interrupt(asked, before))
 
     def on_step(report: StepReport) -> None:
-        fields = {**report.metrics, "trained_tokens": report.trained_tokens}
-        fields |= {"tokens_per_s": report.tokens_per_s, "eta_s": report.eta_s or 0.0}
+        fields: dict[str, Any] = {**report.metrics, "trained_tokens": report.trained_tokens}
+        fields |= {"tokens_per_s": report.tokens_per_s, "eta_s": report.eta_s}
         display.step(report.step, report.total_steps, fields)
 
     try:
@@ -92,10 +100,12 @@ def train_standalone(
                 stop=lambda: bool(asked),
                 options=options,
             )
+    except OSError as error:
+        raise RequestError(f"{error.filename or output}: {error.strerror or error}") from error
     finally:
         signal.signal(signal.SIGINT, before)
     for warning in result.warnings:
-        display.line(f"[yellow]{warning}[/]")
+        display.line(warning, "yellow")
     return result.adapter
 
 
@@ -114,29 +124,35 @@ def train_on_server(
     data: Path,
     validation: Path | None,
     suffix: str | None,
+    seed: int,
     options: dict[str, Any],
     display: Display,
 ) -> str:
     """Upload, start a job, and follow it to its end. Returns the finished model's name."""
     headers = {"authorization": f"Bearer {key}"} if key else {}
-    with httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=60.0) as client:
-        return follow(client, _create(client, model, data, validation, suffix, options), display)
+    try:
+        client = httpx.Client(base_url=url.rstrip("/").removesuffix("/v1"), headers=headers, timeout=60.0)
+    except httpx.InvalidURL as error:
+        raise ServerError(f"--server {url}: {error}") from error
+    with client:
+        return follow(client, create(client, model, data, validation, suffix, seed, options), display)
 
 
-def _create(
+def create(
     client: httpx.Client,
     model: str | None,
     data: Path,
     validation: Path | None,
     suffix: str | None,
+    seed: int,
     options: dict[str, Any],
 ) -> str:
+    """Upload the files and create the job; its id. Without a model it is the one that the server serves."""
     from tokenloom.finetune.local import parse_options
 
-    seed = options.pop("seed")
     requested = parse_options(options)
     body: dict[str, Any] = {
-        "model": model or _call(client, "GET", "/v1/models")["data"][0]["id"],
+        "model": model or _served_model(client),
         "training_file": _upload(client, data),
         "seed": seed,
         "hyperparameters": requested.hyperparameters.model_dump(exclude_unset=True),
@@ -148,6 +164,14 @@ def _create(
         body["suffix"] = suffix
     job_id: str = _call(client, "POST", "/v1/fine_tuning/jobs", json=body)["id"]
     return job_id
+
+
+def _served_model(client: httpx.Client) -> str:
+    models = _call(client, "GET", "/v1/models").get("data")
+    if not models:
+        raise ServerError(f"--server {client.base_url}: names no model")
+    name: str = models[0]["id"]
+    return name
 
 
 def _upload(client: httpx.Client, path: Path) -> str:
@@ -170,20 +194,28 @@ def follow(
     Raises:
         ServerError: the job failed, was cancelled or paused; or the server is gone.
     """
-    display.line(f"job [bold]{job_id}[/] (Ctrl-C leaves it running)")
+    display.line(f"job {job_id} (Ctrl-C leaves it running)")
     seen: set[str] = set()
+    steps: list[dict[str, Any]] = []
     try:
         with display.bar:
             while True:
                 job = _call(client, "GET", f"/v1/fine_tuning/jobs/{job_id}")
                 for event in _new_events(client, job_id, seen):
-                    _show(event, job, display, client)
+                    if event.get("type") == "metrics":
+                        steps.append(event)
+                        _show_step(steps, job, display, slo_state(client))
+                    else:
+                        colour = {"warn": "yellow", "error": "red"}.get(event["level"], "dim")
+                        display.line(event["message"], colour)
                 if job["status"] in _ENDED:
                     break
                 sleep(POLL_S)
     except KeyboardInterrupt:
+        base = str(client.base_url).rstrip("/")
         raise ServerError(
-            f"job {job_id} goes on without you; POST /v1/fine_tuning/jobs/{job_id}/cancel ends it"
+            f"job {job_id} goes on without you: GET {base}/v1/fine_tuning/jobs/{job_id} tells how "
+            f"it is, POST to .../{job_id}/cancel ends it"
         ) from None
     if job["status"] != "succeeded":
         error = job.get("error") or {}
@@ -194,7 +226,7 @@ def follow(
     return name
 
 
-def _new_events(client: httpx.Client, job_id: str, seen: set[str]) -> Iterator[dict[str, Any]]:
+def _new_events(client: httpx.Client, job_id: str, seen: set[str]) -> list[dict[str, Any]]:
     """Events not shown yet, oldest first."""
     fresh: list[dict[str, Any]] = []
     after = None
@@ -207,20 +239,23 @@ def _new_events(client: httpx.Client, job_id: str, seen: set[str]) -> Iterator[d
             break
         after = page["data"][-1]["id"]
     seen.update(event["id"] for event in fresh)
-    yield from reversed(fresh)
+    return fresh[::-1]
 
 
-def _show(event: dict[str, Any], job: dict[str, Any], display: Display, client: httpx.Client) -> None:
-    data = event.get("data") or {}
-    if event.get("type") == "metrics" and "step" in data:
-        display.step(data["step"], data.get("total_steps"), data, note=slo_state(client))
-        return
-    colour = {"warn": "yellow", "error": "red"}.get(event["level"], "dim")
-    display.line(f"[{colour}]{event['message']}[/]")
+def _show_step(steps: list[dict[str, Any]], job: dict[str, Any], display: Display, note: str) -> None:
+    """The last of the steps' events; their times, which are whole seconds, give the speed."""
+    first, last = steps[0], steps[-1]
+    fields = dict(last["data"])
+    elapsed_s = last["created_at"] - first["created_at"]
+    if elapsed_s:
+        fields["tokens_per_s"] = (fields["trained_tokens"] - first["data"]["trained_tokens"]) / elapsed_s
+    if job.get("estimated_finish"):
+        fields["eta_s"] = max(0.0, job["estimated_finish"] - time.time())
+    display.step(fields.pop("step"), fields.pop("total_steps", None), fields, note)
 
 
 def slo_state(client: httpx.Client) -> str:
-    """How inference fares meanwhile: mean TTFT and time per token since the server started, and what runs."""
+    """How inference fares meanwhile: what runs, and means since the server started (targets are not told)."""
     try:
         text = client.get("/metrics").raise_for_status().text
         samples = {s.name: s.value for f in text_string_to_metric_families(text) for s in f.samples}
@@ -231,7 +266,7 @@ def slo_state(client: httpx.Client) -> str:
         count = samples.get(f"tokenloom:{stem}_seconds_count", 0)
         if count:
             mean_ms = samples[f"tokenloom:{stem}_seconds_sum"] / count * 1e3
-            parts.append(f"{label} {mean_ms:.0f} ms")
+            parts.append(f"mean {label} {mean_ms:.0f} ms")
     return ", ".join(parts)
 
 
@@ -244,7 +279,9 @@ def _call(client: httpx.Client, method: str, path: str, **options: Any) -> dict[
     except ValueError as error:
         raise ServerError(f"--server {client.base_url}: {method} {path} did not answer JSON") from error
     if answer.is_error:
-        message = body.get("error", {}).get("message") if isinstance(body, dict) else None
+        fault = body.get("error") if isinstance(body, dict) else None
+        message = fault.get("message") if isinstance(fault, dict) else None
         raise ServerError(f"{method} {path}: {message or answer.status_code}")
-    assert isinstance(body, dict)
+    if not isinstance(body, dict):
+        raise ServerError(f"--server {client.base_url}: {method} {path} did not answer a JSON object")
     return body

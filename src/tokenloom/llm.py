@@ -15,7 +15,7 @@ from tokenloom.engine.outputs import Completion, Delta, RequestOutput, TokenLogp
 from tokenloom.engine.request import Request
 from tokenloom.engine.sampling_params import SamplingParams
 from tokenloom.errors import RequestError
-from tokenloom.finetune.local import FinetuneResult, StepReport, finetune_folder
+from tokenloom.finetune.local import FinetuneResult, Rows, StepReport, finetune_folder
 from tokenloom.models.adapters import load_adapter
 from tokenloom.models.catalog import DEFAULT_MODEL
 from tokenloom.text.tokenizer import Tokenizer
@@ -206,10 +206,10 @@ class LLM:
 
     def finetune(
         self,
-        data: str | Path | Sequence[dict[str, Any]],
+        data: Rows,
         output: str | Path,
         *,
-        validation: str | Path | None = None,
+        validation: Rows | None = None,
         seed: int = 0,
         on_step: Callable[[StepReport], None] = lambda report: None,
         **options: Any,
@@ -222,9 +222,13 @@ class LLM:
             data: a JSONL file, or its rows: `{"messages": [...]}` or `{"prompt": ..., "completion": ...}`.
             output: a folder that gets `adapter` (PEFT's format), one adapter per checkpoint, and what going
                 on needs.
-            validation: a JSONL file to evaluate on at each checkpoint.
+            validation: more such data, to evaluate on at each checkpoint.
+            on_step: told of each optimizer step; what it raises ends the call.
             options: keys of the jobs API, e.g. `n_epochs`, `batch_size`, `learning_rate`, `r`, `alpha`,
                 `dropout`, `target_modules`, `max_seq_tokens`, `retain`.
+
+        Returns:
+            The adapter's folder, the steps of this call, and warnings (e.g. how many rows were truncated).
 
         Raises:
             RequestError: an option is unknown or out of range (the message names it), a row is faulty (with
@@ -238,9 +242,9 @@ class LLM:
         """
         return finetune_folder(
             self.engine,
-            data if isinstance(data, str | Path) else list(data),
+            data,
             Path(output),
-            validation=Path(validation) if validation is not None else None,
+            validation=validation,
             seed=seed,
             on_step=on_step,
             options=options,

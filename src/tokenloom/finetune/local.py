@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +26,7 @@ from tokenloom.finetune.hyperparameters import (
     RequestedHyperparameters,
     resolve_hyperparameters,
 )
+from tokenloom.finetune.job_request import MAX_SEED
 from tokenloom.finetune.objective import Objective, SupervisedFinetuning
 from tokenloom.finetune.trainer import Progress, Snapshot, Trainer
 from tokenloom.models.adapters import Adapter, Dims, LoraConfig, save_adapter
@@ -55,48 +59,80 @@ class FinetuneResult:
     """What the owner of the data should know, e.g. how many examples were truncated."""
 
 
+Rows = str | Path | Sequence[dict[str, Any]]
+"""A JSONL file of examples, or its rows."""
+
+
 def finetune_folder(
     engine: Engine,
-    data: str | Path | list[dict[str, Any]],
+    data: Rows,
     output: Path,
     *,
-    validation: Path | None = None,
+    validation: Rows | None = None,
     seed: int = 0,
     on_step: Callable[[StepReport], None] = lambda report: None,
     stop: Callable[[], bool] = lambda: False,
     options: dict[str, Any] | None = None,
 ) -> FinetuneResult:
-    """From a file (or rows) of examples and options by name to an adapter in `output`; see `LLM.finetune`."""
+    """From examples and options by name to an adapter in `output`; see `LLM.finetune`."""
     requested = parse_options(options or {})
-    output.mkdir(parents=True, exist_ok=True)
-    if isinstance(data, list):
-        path = output / "training.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in data), encoding="utf-8")
-    else:
-        path = Path(data)
+    if not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
+        raise RequestError(f"seed: must be an integer from 0 to {MAX_SEED}", param="seed")
     limit = min(resolve_hyperparameters(1, requested).training.max_seq_tokens, engine.max_model_len)
-    warnings: list[str] = []
-    datasets: list[Sequence[Sample]] = []
-    for name, file in (("data", path), ("validation", validation)):
-        if file is None:
-            datasets.append(())
-            continue
-        if not file.is_file():
-            raise RequestError(f"{name}: {file} is not a file", param=name)
-        report = validate(file, engine.tokenizer, limit)
-        if not report.ok:
-            raise RequestError(f"{file}: {report.summary()}", param=name, code="invalid_training_file")
-        warnings += [f"{file.name}: {warning}" for warning in report.warnings]
-        datasets.append(load_samples(file, engine.tokenizer, limit).samples)
-    samples, valid = datasets
-    hyper = resolve_hyperparameters(len(samples), requested)
+    train = _read(engine, "data", data, limit)
+    valid = _read(engine, "validation", validation, limit) if validation is not None else _Data()
+    hyper = resolve_hyperparameters(len(train.samples), requested)
     hyper = hyper.model_copy(update={"training": hyper.training.model_copy(update={"max_seq_tokens": limit})})
-    if hyper.training.early_stopping_patience is not None and not valid:
+    if hyper.training.early_stopping_patience is not None and not valid.samples:
         raise RequestError("early_stopping_patience: needs validation data", param="early_stopping_patience")
-    _claim(output, engine, hyper, seed, path, validation)
-    result = train_here(engine, samples, hyper, output, seed=seed, valid=valid, on_step=on_step, stop=stop)
-    result.warnings = warnings
+    job = {"base_model": engine.name, "seed": seed, "data_sha256": train.sha256}
+    _claim(output, {**job, "validation_sha256": valid.sha256, **hyper.model_dump(mode="json")})
+    result = train_here(
+        engine, train.samples, hyper, output, seed=seed, valid=valid.samples, on_step=on_step, stop=stop
+    )
+    result.warnings = train.warnings + valid.warnings
     return result
+
+
+@dataclass(frozen=True)
+class _Data:
+    """Examples that were found to be in order."""
+
+    samples: Sequence[Sample] = ()
+    sha256: str | None = None
+    """Of the file, or of the rows as one."""
+    warnings: list[str] = field(default_factory=list)
+
+
+def _read(engine: Engine, name: str, source: Rows, limit: int) -> _Data:
+    """Check and tokenise examples. Raises RequestError with the 1-based lines of faulty ones."""
+    if isinstance(source, str | Path):
+        if not Path(source).is_file():
+            raise RequestError(f"{name}: {source} is not a file", param=name)
+        return _read_file(engine, name, Path(source), str(source), limit)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"{name}.jsonl")
+        with path.open("w", encoding="utf-8") as file:
+            for number, row in enumerate(source, 1):
+                try:
+                    file.write(json.dumps(row) + "\n")
+                except (TypeError, ValueError, RecursionError) as error:
+                    raise RequestError(
+                        f"{name}: line {number}: cannot be written as JSON ({error})", param=name
+                    ) from None
+        return _read_file(engine, name, path, name, limit)
+
+
+def _read_file(engine: Engine, name: str, path: Path, shown: str, limit: int) -> _Data:
+    report = validate(path, engine.tokenizer, limit)
+    if not report.ok:
+        raise RequestError(f"{shown}: {report.summary()}", param=name, code="invalid_training_file")
+    samples = load_samples(path, engine.tokenizer, limit).samples
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return _Data(samples, digest.hexdigest(), [f"{shown}: {warning}" for warning in report.warnings])
 
 
 def parse_options(options: dict[str, Any]) -> FinetuneOptions:
@@ -117,27 +153,27 @@ def parse_options(options: dict[str, Any]) -> FinetuneOptions:
         raise RequestError(f"{name}: {fault['msg'].removeprefix('Value error, ')}", param=name) from None
 
 
-def _claim(
-    output: Path, engine: Engine, hyper: Hyperparameters, seed: int, data: Path, validation: Path | None
-) -> None:
+def _claim(output: Path, job: dict[str, Any]) -> None:
     """Note in `output` which job it belongs to. Raises RequestError if it belongs to another."""
-    job = {
-        "base_model": engine.name,
-        "seed": seed,
-        "data_sha256": hashlib.sha256(data.read_bytes()).hexdigest(),
-        "validation_sha256": hashlib.sha256(validation.read_bytes()).hexdigest() if validation else None,
-        **hyper.model_dump(mode="json"),
-    }
     file = output / "job.json"
-    if file.exists():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        differing = sorted(name for name in job if before.get(name) != job[name])
-        if differing:
-            raise RequestError(
-                f"output: {output} holds another job ({', '.join(differing)} differ): choose another folder",
-                param="output",
-            )
-    file.write_text(json.dumps(job, indent=1) + "\n", encoding="utf-8")
+    if not file.exists():
+        output.mkdir(parents=True, exist_ok=True)
+        aside = output / ".job.json"
+        aside.write_text(json.dumps(job, indent=1) + "\n", encoding="utf-8")
+        os.replace(aside, file)
+        return
+    try:
+        before = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise RequestError(
+            f"output: {file} cannot be read ({error}): choose another folder", param="output"
+        ) from None
+    differing = ", ".join(sorted(name for name in job if before.get(name) != job[name]))
+    if differing:
+        raise RequestError(
+            f"output: {output} holds another job (it differs in {differing}): choose another folder",
+            param="output",
+        )
 
 
 def new_adapter(engine: Engine, hyper: Hyperparameters, seed: int) -> Adapter:
@@ -242,6 +278,10 @@ class _Folder:
         adapter = self.adapter.copy(snapshot.flat)
         save_adapter(adapter, self.output / f"adapter-step-{step}", self.engine.name)
         self.save(snapshot)
+        assert self.trainer is not None
+        kept = sorted(self.output.glob("adapter-step-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
+        for older in kept[: -self.trainer.hyper.training.save_total_limit]:
+            shutil.rmtree(older, ignore_errors=True)
 
     def save(self, snapshot: Snapshot) -> None:
         save_state(self.output / "checkpoints", snapshot)
