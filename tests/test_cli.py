@@ -104,7 +104,7 @@ def test_bench_reports_json_with_a_profile(folder: Path) -> None:
     results = json.loads(done.stdout)
     assert [row["streams"] for row in results["decode"]] == [1, 2]
     assert results["prefill"]["tokens_per_s"] > 0
-    assert {"schedule", "build", "layers", "head", "sample", "publish", "overhead"} == set(
+    assert {"schedule", "train", "build", "layers", "head", "sample", "publish", "overhead"} == set(
         results["decode"][0]["phases_ms"]
     )
 

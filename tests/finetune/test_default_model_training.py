@@ -10,7 +10,6 @@ import peft
 import pytest
 import torch
 import transformers
-from training_rig import gradients, our_name, random_sizes
 
 from tokenloom.config import load_settings
 from tokenloom.engine.engine import Engine
@@ -18,6 +17,7 @@ from tokenloom.finetune.data import Sample
 from tokenloom.finetune.retained import slots_per_token
 from tokenloom.models.adapters import Adapter, Dims, LoraConfig, save_adapter
 from tokenloom.models.loader import open_model
+from training_rig import gradients, our_name, random_sizes
 
 TEXT = Path(transformers.__file__).read_text(encoding="utf-8")
 

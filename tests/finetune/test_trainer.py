@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from training_rig import Rig, our_name, random_samples, reference_loss
 
 from tokenloom.batch import BatchBuilder
 from tokenloom.cache.block_pool import OutOfBlocks
@@ -28,6 +27,7 @@ from tokenloom.finetune.objective import SupervisedFinetuning
 from tokenloom.finetune.optimizer import Optimizer, rate_factor
 from tokenloom.finetune.trainer import Progress, Snapshot, Trainer, TrainingDiverged
 from tokenloom.models.adapters import Adapter
+from training_rig import Rig, our_name, random_samples, reference_loss
 
 SAMPLES = random_samples((11, 7, 14, 5, 9), 7)
 STEPS = 20
@@ -395,7 +395,7 @@ def test_a_new_adapter_changes_nothing(rig: Rig) -> None:
 
 
 def test_out_of_blocks_at_the_start_of_a_pass_is_not_an_error(rig: Rig) -> None:
-    engine = rig.engine(cache__kv_bytes=30 * 4 * 3 * 2 * 2 * 16 * 8)
+    engine = rig.engine(cache__kv_bytes=20 * 4 * 3 * 2 * 2 * 16 * 8)
     job = trainer(engine, rig.adapter())
     with pytest.raises(OutOfBlocks):
         job.begin_pass()

@@ -12,7 +12,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from training_rig import Rig, gradients, random_samples, random_sizes, relative_error, total_weight, whole
 
 from tokenloom.batch import BatchBuilder
 from tokenloom.cache.block_pool import OutOfBlocks
@@ -21,6 +20,7 @@ from tokenloom.finetune.objective import SupervisedFinetuning
 from tokenloom.finetune.retained import Retained, blocks_needed, slots_per_token
 from tokenloom.finetune.training_pass import Phase, TrainingPass
 from tokenloom.models.adapters import Ia3Config, LoraConfig
+from training_rig import Rig, gradients, random_samples, random_sizes, relative_error, total_weight, whole
 
 LENGTHS = (11, 7, 2, 14)
 

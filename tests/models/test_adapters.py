@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_models import CONFIGS, CPU, Runner, Sequence, random_adapter, random_ids
 from torch import Tensor
 from torch.nn import functional as F
 
+from adapter_models import CONFIGS, CPU, Runner, Sequence, random_adapter, random_ids
 from tiny_models import build_tiny
 from tokenloom.batch import BatchBuilder, SegmentKind
 from tokenloom.kernels import Linear, get_kernels

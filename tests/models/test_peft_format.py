@@ -14,13 +14,13 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adapter_models import CONFIGS, CPU, Runner, Sequence, random_adapter, random_ids
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_decoder import in_float64
 from torch import Tensor
 
+from adapter_models import CONFIGS, CPU, Runner, Sequence, random_adapter, random_ids
 from tiny_models import build_tiny
 from tokenloom import durable
 from tokenloom.models.adapters import (

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tuning_server import say, start, write_adapter
 
 import tokenloom.serve.adapter_folder
 from running import Running, wait_for
 from tokenloom.serve.adapter_folder import AdapterFolder
 from tokenloom.serve.adapters import AdapterLoader
+from tuning_server import say, start, write_adapter
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ from typing import Any
 
 import httpx
 import pytest
-from tuning_server import PROMPT, say, start, write_adapter
 
 from running import Running, assert_error, wait_for
+from tuning_server import PROMPT, say, start, write_adapter
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,11 @@ from typing import Any
 
 import openai
 import pytest
-from tuning_server import client_of, create, rows, say, start, steps_of, until, upload
 
 import tokenloom.serve.models
 from running import Running, assert_error, wait_for
 from tokenloom.engine.latency_model import Features, LatencyModel
+from tuning_server import client_of, create, rows, say, start, steps_of, until, upload
 
 LONG = 50  # epochs; of many rows, that is more than any test waits for
 

@@ -26,6 +26,7 @@ SPATIAL_WAIT_S = 0.05
 DYNAMIC_BOUNDS = (32, 1024)
 STALL_WEIGHT = 0.2
 MIN_STALL_ROWS = 16
+DOUBT_AFTER = 64
 
 
 @dataclass(slots=True)
@@ -219,13 +220,18 @@ class Coserver:
         budget = iteration_budget_ms(plan, self.scheduler, self.settings, self._stall_ms)
         base = self.latency.planned(self._features) if plan.rows else 0.0
         rows = self._fill(training, plan, budget - base, base)
-        worked = rows > 0 or self._record.piece_rows > 0
-        self._skipped = 0 if worked else self._skipped + 1
+        if rows or self._record.piece_rows:
+            self._skipped = 0
+            return rows
+        self._skipped += 1
         every = self.settings.ft.min_progress
-        if every and self._skipped >= every:
+        due = self._skipped >= every > 0
+        # An estimate that is too high would never be corrected if nothing ran because of it.
+        doubtful = not plan.rows or (budget > base and self._skipped >= DOUBT_AFTER)
+        if due or doubtful:
             self._skipped = 0
             return self._smallest(training, plan)
-        return rows
+        return 0
 
     def _fill(self, training: Training, plan: Plan, room_ms: float, base_ms: float) -> int:
         """Pieces while they fit into `room_ms`, then forward rows; returns the rows."""

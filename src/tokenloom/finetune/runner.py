@@ -235,7 +235,9 @@ class _Run:
     def _handle(self, event: _Event) -> Callable[[], None] | None:
         """Write down what happened; the last event returns how the run ends."""
         if isinstance(event, _Step):
-            progress, metrics = event.progress, event.metrics
+            assert self.trainer is not None
+            progress = event.progress
+            metrics = {**event.metrics, "total_steps": self.trainer.total_steps}
             self._persist(
                 lambda: self.reporter.step(progress.step, metrics, progress.trained_tokens, event.eta_s)
             )

@@ -22,7 +22,7 @@ from tokenloom.finetune.hyperparameters import Hyperparameters
 from tokenloom.finetune.objective import Objective
 from tokenloom.finetune.optimizer import Optimizer
 from tokenloom.finetune.packing import pack
-from tokenloom.finetune.retained import slots_per_token
+from tokenloom.finetune.retained import blocks_needed
 from tokenloom.finetune.training_pass import KeepFor, Phase, TrainingPass
 from tokenloom.models.adapters import Adapter
 from tokenloom.models.decoder import Decoder
@@ -154,7 +154,8 @@ class Trainer:
         if not self.hyper.training.pack:
             return [[index] for index in indices]
         chosen = [samples[index] for index in indices]
-        return [[indices[i] for i in window] for window in pack(chosen, self.hyper.training.max_seq_tokens)]
+        windows = pack(chosen, self.hyper.training.max_seq_tokens, self.pool.block_size)
+        return [[indices[i] for i in window] for window in windows]
 
     def _plan_step(self) -> None:
         """Choose the samples of the step at hand; a function of seed and step alone."""
@@ -190,13 +191,11 @@ class Trainer:
             return None
         if self._pass is not None or self._optimizer_due:
             return 0
-        per_token = (
-            1.0
-            if self.progress.evaluating
-            else slots_per_token(self.model.config, self.hyper.training.retain)
-        )
-        size = self.pool.block_size
-        return sum(math.ceil(len(s.tokens) * per_token / size + 1) * size for s in self._window())
+        size, rows = self.pool.block_size, [len(sample.tokens) for sample in self._window()]
+        blocks = sum(math.ceil(n / size) for n in rows)
+        if not self.progress.evaluating:
+            blocks += blocks_needed(self.model.config, sum(rows), self.hyper.training.retain, size)
+        return blocks * size
 
     def begin_pass(self) -> None:
         evaluating = self.progress.evaluating
