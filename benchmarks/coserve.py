@@ -1,6 +1,6 @@
 """Co-serving beside its rivals on one seeded, bursty trace (FlexLLM, arXiv 2402.18789, section 8).
 
-    python benchmarks/coserve.py [--seconds 60] [--loads 0.1,0.2,0.4,0.6,0.8] [--out results/coserve]
+    python benchmarks/coserve.py [--seconds 60] [--loads 0.05,0.2,0.4,0.6,0.8] [--out results/coserve]
 
 Each (mode, load) runs in a process of its own on the default model: requests with Gamma inter-arrival times
 (CV 2) and lognormal lengths, and a LoRA job (r=16, all linears, sequences of 512 tokens of real text) that
@@ -31,7 +31,8 @@ from typing import Any
 
 MODEL = "smollm2-135m-instruct"
 MODES = ("off", "coserve", "temporal", "dynamic_temporal", "spatial")
-SHARES = (0.25, 0.5, 0.75)
+LIGHT = 0.1
+"""Below this load runs take twice as long, or there would be too few requests."""
 SEED, CV = 1, 2.0
 PROMPT_MEAN, OUTPUT_MEAN, SIGMA = 96, 48, 0.6
 WARMUP_S, DRAIN_S = 5.0, 20.0
@@ -261,7 +262,7 @@ def separate(rows: list[dict[str, Any]], args: argparse.Namespace, alone: float)
     """A share p of the machines serves (each at rate / p), the others train."""
     emulated = []
     for base in [row for row in rows if row["mode"] == "off"]:
-        for share in SHARES:
+        for share in map(float, args.shares.split(",")):
             row = worker(args, "off", base["rate"] / share, args.seconds)
             row |= {
                 "mode": f"separate {share:.0%}",
@@ -345,9 +346,11 @@ def verdict(rows: list[dict[str, Any]], alone: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--loads", default="0.1,0.2,0.4,0.6,0.8")
+    parser.add_argument("--loads", default="0.05,0.2,0.4,0.6,0.8")
     parser.add_argument("--modes", default=",".join(MODES))
-    parser.add_argument("--no-separate", action="store_true", help="leave out the emulated clusters")
+    parser.add_argument(
+        "--shares", default="0.25,0.5,0.75", help="of emulated separate clusters; '' for none"
+    )
     parser.add_argument("--temporal-every", type=int, default=64)
     parser.add_argument("--ttft-ms", type=float, default=2000.0)
     parser.add_argument("--out", type=Path, default=Path("results/coserve"))
@@ -372,10 +375,11 @@ def main() -> None:
     rows = []
     for load in map(float, args.loads.split(",")):
         for mode in args.modes.split(","):
-            row = worker(args, mode, load * found["rate"], args.seconds) | {"load": load}
+            seconds = args.seconds * (2 if load < LIGHT else 1)
+            row = worker(args, mode, load * found["rate"], seconds) | {"load": load}
             rows.append(row)
             show(row)
-    if not args.no_separate:
+    if args.shares:
         rows += separate(rows, args, alone)
     args.out.mkdir(parents=True, exist_ok=True)
     report = {"calibration": found, "ft_only_tokens_per_s": alone, "rows": rows}
