@@ -135,7 +135,8 @@ class Coserver:
     def _room_for(self, training: Training, slots: int) -> bool:
         size = self.pool.block_size
         needed = -(-slots // size) + 2
-        allowed = int(self.pool.num_blocks * self.settings.ft.mem_frac)
+        share = 1.0 if self.mode == "ft_only" else self.settings.ft.mem_frac
+        allowed = int(self.pool.num_blocks * share)
         if needed > allowed:
             error = MemoryError(
                 f"one training pass needs {needed} blocks of {size} tokens and may have {allowed} of "

@@ -73,6 +73,7 @@ class Snapshot:
     flat: Tensor
     optimizer: dict[str, Tensor]
     grads: Tensor
+    """Of the step at hand; empty when none of its passes is done."""
 
 
 class Listener(Protocol):
@@ -134,7 +135,8 @@ class Trainer:
         if resume is not None:
             self.progress = Progress(**resume.progress)
             adapter.flat.copy_(resume.flat)
-            self.grads.copy_(resume.grads)
+            if resume.grads.numel():
+                self.grads.copy_(resume.grads)
             self.optimizer.restore(resume.optimizer)
         self.valid_windows = self._windows(list(range(len(valid))), valid) if valid else []
         self.tokens_per_epoch = sum(len(sample.tokens) for sample in samples)
@@ -366,8 +368,9 @@ class Trainer:
 
     def snapshot(self) -> Snapshot:
         """The state without the pass at hand, which would start over."""
+        grads = self.grads if self.progress.passes_done else self.grads[:0]
         return Snapshot(
-            asdict(self.progress), self.adapter.flat.clone(), self.optimizer.state(), self.grads.clone()
+            asdict(self.progress), self.adapter.flat.clone(), self.optimizer.state(), grads.clone()
         )
 
     def reclaim(self) -> bool:
