@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tokenloom.batch import Keep
 from tokenloom.kernels import KVSpan, Linear
+from tokenloom.kernels.torch_ops import mask_ahead
 from tokenloom.models.adapters.adapter import Params, TrainableBypass
 from tokenloom.models.decoder import Decoder, Layer
 
@@ -189,13 +190,7 @@ class LayerBackward:
         n, length = part.end - part.begin, part.span.kv_len
         q = self._grouped(query[part.begin - w.begin : part.end - w.begin]) / math.sqrt(self.head_dim)
         scores = torch.matmul(q, self._read(self.keys, w, part).transpose(1, 2))
-        by_row = scores.view(self.kv_heads, -1, n, length)
-        ahead = torch.ones(n, n, dtype=torch.bool, device=q.device).triu_(1)
-        by_row[..., length - n :].masked_fill_(ahead, -math.inf)
-        if w.layer.window is not None:
-            rows = torch.arange(length - n, length, device=q.device)[:, None]
-            passed = torch.arange(length, device=q.device) <= rows - w.layer.window
-            by_row.masked_fill_(passed, -math.inf)
+        mask_ahead(scores.view(self.kv_heads, -1, n, length), w.layer.window)
         return torch.softmax(scores, dim=-1)
 
     def _attended(self, w: Window, part: AttentionPart, weights: Tensor) -> Tensor:

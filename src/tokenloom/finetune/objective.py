@@ -40,10 +40,10 @@ class SupervisedFinetuning:
 
     def backward(self, logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[LossSums, Tensor]:
         best, choice = logits.max(dim=-1, keepdim=True)
-        probabilities = torch.softmax(logits, dim=-1)
+        wanted = logits.gather(1, labels[:, None])
+        probabilities = torch.softmax(logits, dim=-1, out=logits)
         # log sum exp from the likeliest token, whose probability is never too small for a logarithm.
-        log_sum = best - probabilities.gather(1, choice).log()
-        losses = (log_sum - logits.gather(1, labels[:, None]))[:, 0]
+        losses = (best - probabilities.gather(1, choice).log() - wanted)[:, 0]
         probabilities[torch.arange(len(labels), device=labels.device), labels] -= 1
         return LossSums((losses * weights).sum(), (choice[:, 0] == labels).sum()), probabilities
 

@@ -27,7 +27,7 @@ from tokenloom.finetune.training_pass import KeepFor, Phase, TrainingPass
 from tokenloom.models.adapters import Adapter
 from tokenloom.models.decoder import Decoder
 
-LOSS_ROWS = 128
+LOSS_ROWS = 256
 """Logits of so many rows exist at a time."""
 SAVE_EVERY_S = 60.0
 _VALID_SUMS = ("loss", "weight", "correct", "n")
