@@ -99,7 +99,7 @@ class FtSettings(_Branch):
         0, ge=0, description="Run the smallest piece each so many iterations whatever the targets; 0: never."
     )
     idle_iter_ms: float = Field(
-        0.0, ge=0, description="Longest iteration without inference; 0: a tenth of slo.ttft_ms."
+        0.0, ge=0, description="Longest iteration without inference; 0: a fifth of slo.ttft_ms."
     )
     mem_frac: float = Field(0.6, gt=0, le=1, description="Part of the KV pool that training may hold.")
 

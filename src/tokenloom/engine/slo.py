@@ -40,4 +40,4 @@ def iteration_budget_ms(
         elif sequence in plan.rows:
             due_ms = (first - now) * 1e3 + tpot_ms * max(1, sequence.num_output)
             budgets.append(min(due_ms - reserve_ms, tpot_ms * (1 + MAX_CREDIT)))
-    return min(budgets) if budgets else settings.ft.idle_iter_ms or slo.ttft_ms / 10
+    return min(budgets) if budgets else settings.ft.idle_iter_ms or slo.ttft_ms / 5
