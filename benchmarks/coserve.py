@@ -99,9 +99,7 @@ def new_trainer(engine: Any) -> Any:
     hyper = resolve_hyperparameters(len(samples), FinetuneOptions.model_validate(options))
     adapter = new_adapter(engine, hyper, SEED)
     return Trainer(
-        engine.decoder,
-        engine.kv,
-        engine.pool,
+        engine,
         adapter,
         samples,
         hyper,

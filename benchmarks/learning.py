@@ -77,9 +77,7 @@ def run(mode: str, args: argparse.Namespace) -> tuple[list[tuple[int, float]], i
     hyper = resolve_hyperparameters(len(train), FinetuneOptions.model_validate(options))
     adapter, curve = new_adapter(engine, hyper, 1), Curve()
     trainer = Trainer(
-        engine.decoder,
-        engine.kv,
-        engine.pool,
+        engine,
         adapter,
         train,
         hyper,

@@ -163,6 +163,21 @@ def test_jobs_take_turns(rig: Rig) -> None:
     assert abs(first.progress.step - second.progress.step) <= 1
 
 
+def test_a_profile_that_fails_ends_the_jobs_and_no_request(rig: Rig) -> None:
+    class Broken:
+        def run_cell(self) -> LatencyModel | None:
+            raise RuntimeError("no time")
+
+    engine, _, _ = training_engine(rig)
+    engine.coserver.latency, engine.coserver.profiler = None, Broken()
+    engine.step()
+    assert not engine.has_work
+    engine.add(traffic(engine, random.Random(0), 1)[0])
+    while engine.has_work:
+        engine.step()
+    assert engine.stats().generation_tokens > 0
+
+
 def test_off_means_off(rig: Rig) -> None:
     engine, job, _ = training_engine(rig, coserve__mode="off")
     assert not engine.has_work

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import random
 import sqlite3
 import time
@@ -12,6 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import crash_worker
+import forks
 import pytest
 
 from finetune_fakes import names_below
@@ -24,8 +24,7 @@ KILLS = 20
 def test_kill_9_at_random_instants(tmp_path: Path) -> None:
     home, notes = tmp_path / "home", tmp_path / "notes"
     source = random.Random(time.time_ns())
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["crash_worker"])
+    processes = forks.context()
     for seed in range(KILLS):
         before = notes.stat().st_size if notes.exists() else 0
         process = processes.Process(target=crash_worker.work, args=(str(home), str(notes), seed))

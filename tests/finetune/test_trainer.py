@@ -84,9 +84,7 @@ def trainer(
     **options: Any,
 ) -> Trainer:
     return Trainer(
-        engine.decoder,
-        engine.kv,
-        engine.pool,
+        engine,
         adapter,
         samples,
         wanted or hyper(),
@@ -298,10 +296,13 @@ def test_a_loss_that_is_not_a_number_fails_the_job_alone(rig: Rig) -> None:
     engine.coserver.add(job)
     while job.progress.step < 1:
         engine.step()
+    engine.coserver.settle()
+    done = job.progress.step
     adapter.flat[3] = float("nan")
     requests = traffic(engine, random.Random(1), 3)
     answers = serve(engine, requests, random.Random(1))
-    assert isinstance(listener.error, TrainingDiverged) and "step 2" in str(listener.error)
+    assert isinstance(listener.error, TrainingDiverged)
+    assert f"step {done + 1}" in str(listener.error)
     assert all(answers.values()) and engine.pool.num_used == 0
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import random
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import forks
 import torch
 import training_crash_worker
 
@@ -25,10 +26,9 @@ DATA = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 def test_kill_9_at_random_instants_leaves_no_trace(tmp_path: Path) -> None:
     folder, _ = build_tiny(tmp_path, "llama", dtype=torch.float32)
     source = random.Random(time.time_ns())
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["training_crash_worker"])
+    processes = forks.context()
 
-    def start(home: Path, wait: bool = True) -> multiprocessing.process.BaseProcess:
+    def start(home: Path, wait: bool = True) -> BaseProcess:
         started = tmp_path / "started"
         started.unlink(missing_ok=True)
         process = processes.Process(

@@ -106,9 +106,7 @@ def test_the_gradient_of_every_layers_input_equals_autograd(rig: Rig) -> None:
     model.unload()
     engine = rig.engine()
     training = TrainingPass(
-        engine.decoder,
-        engine.kv,
-        engine.pool,
+        engine,
         adapter,
         samples,
         SupervisedFinetuning(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import time
 from pathlib import Path
 
 import torch
@@ -40,7 +40,7 @@ def train(model: str, home: str, data: bytes, started: str) -> None:
     job = store.jobs.list_jobs().data[0]
     Path(started).write_text("")
     while (job := store.jobs.get(job.id)).status not in TERMINAL:
-        os.sched_yield()
+        time.sleep(0.01)
     service.stop()
     engine.shutdown()
     store.close()

@@ -126,9 +126,7 @@ def gradients(
     flat, used = torch.zeros_like(adapter.flat), engine.pool.num_used
     options.setdefault("scale", 1 / total_weight(samples))
     training = TrainingPass(
-        engine.decoder,
-        engine.kv,
-        engine.pool,
+        engine,
         adapter,
         samples,
         SupervisedFinetuning(),

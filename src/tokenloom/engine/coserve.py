@@ -298,7 +298,12 @@ class Coserver:
         if self._profile_asked_s is None:
             self._profile_asked_s = now
         if not self.scheduler.has_work or now - self._profile_asked_s > PROFILE_WAIT_S:
-            self.latency = self.profiler.run_cell()
+            try:
+                self.latency = self.profiler.run_cell()
+            except Exception as error:  # without a profile nothing can be trained beside requests
+                self.profiler = None
+                for training in list(self.trainings):
+                    self._fail(training, error)
             if self.latency is not None:
                 self.profiler = None
 
@@ -363,10 +368,11 @@ class Coserver:
             time.sleep(0.001)
 
     def settle(self) -> None:
-        """Wait for the work that runs beside the engine's thread, if any."""
+        """Wait for the work that runs beside the engine's thread, if any; a job whose work failed is over."""
         unit, self._unit = self._unit, None
-        if unit is not None:
-            unit.result()
+        error = unit.exception() if unit is not None else None
+        if error is not None and self._current is not None:
+            self._fail(self._current, error)
 
     def _unit_of(self, training: Training) -> None:
         """A window of forward rows in a batch of its own, or one piece."""

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from tokenloom.batch import Keep
-from tokenloom.kernels import KVSpan, Linear
-from tokenloom.kernels.torch_ops import mask_ahead
+from tokenloom.kernels import KVSpan, Linear, mask_ahead
 from tokenloom.models.adapters.adapter import Params, TrainableBypass
 from tokenloom.models.decoder import Decoder, Layer
 

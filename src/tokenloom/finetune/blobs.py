@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from tokenloom.durable import sync
 from tokenloom.finetune.database import new_id
 from tokenloom.finetune.errors import FileTooLargeError, StorageFullError
 
@@ -64,7 +65,7 @@ class Blob:
             os.fsync(self._file.fileno())
             self._file.close()
             os.replace(self._temporary, self.path)
-            sync_folder(self.path.parent)
+            sync(self.path.parent)
 
     def keep(self) -> None:
         """The row is committed: the blob stays."""
@@ -91,15 +92,6 @@ def remove_orphans(folder: Path, known: set[str]) -> list[str]:
     for name in orphans:
         (folder / name).unlink()
     return orphans
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames and removals in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -12,8 +12,9 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Row, func, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
+from tokenloom.durable import sync
 from tokenloom.errors import RequestError
-from tokenloom.finetune.blobs import Blob, remove_orphans, sync_folder
+from tokenloom.finetune.blobs import Blob, remove_orphans
 from tokenloom.finetune.database import Database, claim_key, is_id, page
 from tokenloom.finetune.errors import NotFoundError, StorageFullError
 from tokenloom.finetune.records import LIVE, FileRecord, Page
@@ -159,7 +160,7 @@ class FileStore:
                 )
             self._bury(connection, file_id)
         record.path.unlink(missing_ok=True)
-        sync_folder(self._folder)
+        sync(self._folder)
 
     def path(self, file_id: str) -> Path:
         """Where the bytes of a file are; for ids that come from our own rows only."""

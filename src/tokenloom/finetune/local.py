@@ -223,9 +223,7 @@ def train_here(
     states = output / "checkpoints"
     folder = _Folder(engine, adapter, output, on_step)
     trainer = Trainer(
-        engine.decoder,
-        engine.kv,
-        engine.pool,
+        engine,
         adapter,
         samples,
         hyper,

@@ -154,9 +154,7 @@ class EngineProfiler:
         engine = self.engine
         sample = Sample(self._tokens[: rows + 1], [0.0] + [1.0] * rows)
         return TrainingPass(
-            engine.decoder,
-            engine.kv,
-            engine.pool,
+            engine,
             self.adapter,
             [sample],
             SupervisedFinetuning(),

@@ -195,9 +195,7 @@ class _Run:
         if resume is not None:
             self.reporter.message("info", f"Going on after step {resume.progress['step']}")
         trainer = self.trainer = Trainer(
-            engine.decoder,
-            engine.kv,
-            engine.pool,
+            engine,
             self.adapter,
             samples,
             hyper,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sqlalchemy import URL
 
-from tokenloom.finetune.blobs import sync_folder
+from tokenloom.durable import sync
 from tokenloom.finetune.database import Database
 from tokenloom.finetune.errors import StoreError
 from tokenloom.finetune.file_store import MAX_FILE_BYTES, FileStore
@@ -92,4 +92,4 @@ def _check_store_id(home: Path, store_id: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    sync_folder(home)
+    sync(home)

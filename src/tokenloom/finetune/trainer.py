@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from tokenloom.batch import BatchBuilder, Keep
-from tokenloom.cache.block_pool import BlockPool
-from tokenloom.cache.kv_cache import KVCache
+from tokenloom.engine.engine import Engine
 from tokenloom.engine.latency_model import Features
 from tokenloom.errors import TokenloomError
 from tokenloom.finetune.data import Sample
@@ -25,7 +24,6 @@ from tokenloom.finetune.packing import pack
 from tokenloom.finetune.retained import blocks_needed
 from tokenloom.finetune.training_pass import KeepFor, Phase, TrainingPass
 from tokenloom.models.adapters import Adapter
-from tokenloom.models.decoder import Decoder
 
 LOSS_ROWS = 256
 """Logits of so many rows exist at a time."""
@@ -97,7 +95,7 @@ class Trainer:
     """Implements `engine.training.Training` for one job.
 
     Args:
-        model, kv, pool: of the engine that runs it.
+        engine: what runs it.
         adapter: trained in place; its tensor may be wider than the model's type.
         samples, valid: what to learn from, and what to evaluate on at each checkpoint.
         hyper, seed: of the job, everything resolved.
@@ -107,9 +105,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: Decoder,
-        kv: KVCache,
-        pool: BlockPool,
+        engine: Engine,
         adapter: Adapter,
         samples: Sequence[Sample],
         hyper: Hyperparameters,
@@ -120,7 +116,7 @@ class Trainer:
         valid: Sequence[Sample] = (),
         resume: Snapshot | None = None,
     ) -> None:
-        self.model, self.kv, self.pool = model, kv, pool
+        self.engine = engine
         self.adapter, self.objective, self.listener = adapter, objective, listener
         self.samples, self.valid, self.seed = samples, valid, seed
         self.hyper = hyper
@@ -156,7 +152,7 @@ class Trainer:
         if not self.hyper.training.pack:
             return [[index] for index in indices]
         chosen = [samples[index] for index in indices]
-        windows = pack(chosen, self.hyper.training.max_seq_tokens, self.pool.block_size)
+        windows = pack(chosen, self.hyper.training.max_seq_tokens, self.engine.pool.block_size)
         return [[indices[i] for i in window] for window in windows]
 
     def _plan_step(self) -> None:
@@ -193,10 +189,10 @@ class Trainer:
             return None
         if self._pass is not None or self._optimizer_due:
             return 0
-        size, rows = self.pool.block_size, [len(sample.tokens) for sample in self._window()]
+        size, rows = self.engine.pool.block_size, [len(sample.tokens) for sample in self._window()]
         blocks = sum(math.ceil(n / size) for n in rows)
         if not self.progress.evaluating:
-            blocks += blocks_needed(self.model.config, sum(rows), self.hyper.training.retain, size)
+            blocks += blocks_needed(self.engine.config, sum(rows), self.hyper.training.retain, size)
         return blocks * size
 
     def begin_pass(self) -> None:
@@ -205,9 +201,7 @@ class Trainer:
             self.pass_grads.zero_()
         self._clock = time.monotonic()
         self._pass = TrainingPass(
-            self.model,
-            self.kv,
-            self.pool,
+            self.engine,
             self.adapter,
             self._window(),
             self.objective,

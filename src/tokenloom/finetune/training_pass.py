@@ -10,16 +10,14 @@ import torch
 from torch import Tensor
 
 from tokenloom.batch import BatchBuilder, Keep, SegmentKind
-from tokenloom.cache.block_pool import BlockPool
 from tokenloom.cache.block_table import BlockTable
-from tokenloom.cache.kv_cache import KVCache
+from tokenloom.engine.engine import Engine
 from tokenloom.finetune.backward import AttentionPart, Kept, LayerBackward, Window, rms_norm_backward
 from tokenloom.finetune.data import Sample
 from tokenloom.finetune.objective import LossSums, Objective
 from tokenloom.finetune.retained import Retain, Retained, blocks_needed
 from tokenloom.kernels import KVSpan
 from tokenloom.models.adapters.adapter import Adapter
-from tokenloom.models.decoder import Decoder
 
 ATTENTION_ROWS = 128
 """Attention goes through a window's rows in tiles of so many: its weights, `[Hq, rows, keys]`, stay in the
@@ -54,6 +52,7 @@ class TrainingPass:
     layer from the top, each in windows from the right). Every window's size is free.
 
     Args:
+        engine: its weights compute the pass, its pool holds it.
         retain: which activations are kept (see `finetune.retained`).
         grads: a tensor like `adapter.flat` to which gradients are added; None: the loss alone is wanted.
         scale: 1 over the sum of all weights that one optimizer step sees.
@@ -64,9 +63,7 @@ class TrainingPass:
 
     def __init__(
         self,
-        model: Decoder,
-        kv: KVCache,
-        pool: BlockPool,
+        engine: Engine,
         adapter: Adapter,
         samples: Sequence[Sample],
         objective: Objective,
@@ -76,6 +73,7 @@ class TrainingPass:
         scale: float = 1.0,
         keep_for: KeepFor = lambda begin, end: None,
     ) -> None:
+        model, kv, pool = engine.decoder, engine.kv, engine.pool
         self.model, self.kv, self.pool = model, kv, pool
         self.adapter, self.objective = adapter, objective
         self.scale, self.keep_for = scale, keep_for

