@@ -21,7 +21,8 @@ from tokenloom.models.decoder import Decoder
 
 logger = logging.getLogger("tokenloom.engine")
 
-PROFILE_WAIT_S = 60.0
+PROFILE_WAIT_S = 600.0
+"""Cells of the profile wait so long for a moment without requests, which they would make late."""
 SPATIAL_WAIT_S = 0.05
 DYNAMIC_BOUNDS = (32, 1024)
 STALL_WEIGHT = 0.2
