@@ -51,12 +51,14 @@ class Arrival:
 
 
 def trace(rate: float, seconds: float, vocab: int) -> list[Arrival]:
-    """The same requests at any rate: only the times are stretched."""
+    """The same requests at any rate: only the times are stretched. The first comes at once."""
     source = random.Random(SEED)
     shape = 1 / CV**2
-    arrivals, at = [], 0.0
+    arrivals: list[Arrival] = []
+    at = 0.0
     while True:
-        at += source.gammavariate(shape, 1 / (shape * rate))
+        if arrivals:
+            at += source.gammavariate(shape, 1 / (shape * rate))
         prompt, output = (
             max(4, min(8 * mean, round(source.lognormvariate(0, SIGMA) * mean)))
             for mean in (PROMPT_MEAN, OUTPUT_MEAN)
@@ -77,6 +79,7 @@ def new_engine(mode: str, args: argparse.Namespace) -> Any:
         "coserve.temporal_every": args.temporal_every,
         "slo.tpot_ms": args.tpot_ms,
         "slo.ttft_ms": args.ttft_ms,
+        "scheduler.max_batch_tokens": args.max_batch_tokens,
         "cache.prefix_caching": False,
     }
     return Engine(load_settings(flags))
@@ -251,6 +254,7 @@ def worker(args: argparse.Namespace, mode: str, rate: float, seconds: float) -> 
     command = [sys.executable, __file__, "--worker", mode, "--rate", str(rate), "--seconds", str(seconds)]
     command += ["--tpot-ms", str(args.tpot_ms), "--ttft-ms", str(args.ttft_ms), "--home", args.home]
     command += ["--temporal-every", str(args.temporal_every)]
+    command += ["--max-batch-tokens", str(args.max_batch_tokens)]
     out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     result: dict[str, Any] = json.loads(out.splitlines()[-1])
     return result
@@ -350,6 +354,7 @@ def main() -> None:
         "--shares", default="0.25,0.5,0.75", help="of emulated separate clusters; '' for none"
     )
     parser.add_argument("--temporal-every", type=int, default=64)
+    parser.add_argument("--max-batch-tokens", type=int, default=128, help="rows of a batch, in every mode")
     parser.add_argument("--ttft-ms", type=float, default=2000.0)
     parser.add_argument("--out", type=Path, default=Path("results/coserve"))
     parser.add_argument("--tpot-ms", type=float, default=1e9, help=argparse.SUPPRESS)

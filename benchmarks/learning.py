@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--home", type=Path, default=home(), help="where latency profiles are stored")
     parser.add_argument("--out", type=Path, default=Path("results/learning"))
     args = parser.parse_args()
-    args.temporal_every, args.tpot_ms, args.ttft_ms = 64, 120.0, 2000.0
+    args.max_batch_tokens, args.temporal_every, args.tpot_ms, args.ttft_ms = 512, 64, 120.0, 2000.0
     random.seed(0)
     alone, _, alone_s = run("ft_only", args)
     shared, requests, shared_s = run("coserve", args)

@@ -101,7 +101,7 @@ def test_exact_times_are_fitted_exactly() -> None:
     truth = LatencyModel([0.5 + i % 3 for i in range(len(basis(Features())))], [], {})
     model = LatencyModel.fit([(f, truth.predict(f)) for f in cells])
     assert all(model.predict(f) == pytest.approx(truth.predict(f), rel=1e-6) for f in cells)
-    assert model.margin == pytest.approx(1.0, abs=1e-6)
+    assert model.margin(cells[0]) == pytest.approx(1.0, abs=1e-6)
 
 
 def test_held_out_iterations_are_predicted_within_fifteen_percent() -> None:
@@ -190,7 +190,17 @@ def test_the_margin_is_never_below_one() -> None:
     model, f = LatencyModel.fit([(Features(rows=1), 10.0)]), Features(rows=1)
     for i in range(300):
         model.observe(f, 10.0 * 0.99**i)
-        assert model.margin >= 1.0
+        assert model.margin(f) >= 1.0
+
+
+def test_prompts_that_vary_do_not_make_decodes_look_uncertain() -> None:
+    model, rng = fitted(), random.Random(6)
+    decode, prompt = Features(rows=4, context=800, head_rows=4), Features(rows=68, context=9000, head_rows=5)
+    for _ in range(300):
+        model.observe(decode, machine_ms(decode))
+        model.observe(prompt, machine_ms(prompt) * rng.uniform(0.6, 1.6))
+    assert model.margin(prompt) > 1.2
+    assert model.margin(decode) < 1.1
 
 
 def test_a_slow_kind_of_iteration_does_not_raise_the_others() -> None:

@@ -257,8 +257,9 @@ class Coserver:
     def _rows_within(self, training: Training, plan: Plan, budget_ms: float) -> int:
         """The most forward rows with which the batch stays within the budget."""
         features, planned = self._features, self._estimate(plan)
-        free = self.settings.scheduler.max_batch_tokens - plan.num_rows
-        limit = min(training.forward_left(), free, self.settings.ft.max_fwd_tokens)
+        limit = min(training.forward_left(), self.settings.ft.max_fwd_tokens)
+        if plan.rows:
+            limit = min(limit, self.settings.scheduler.max_batch_tokens - plan.num_rows)
         return bisect_rows(limit, lambda n: planned(features + training.forward_features(n)) <= budget_ms)
 
     def _piece_within(self, training: Training, plan: Plan, room_ms: float) -> int:
@@ -315,7 +316,7 @@ class Coserver:
         ft, start = self.settings.ft, time.monotonic()
         while (training := self._next()) is not None and not self.arrivals():
             if training.forward_left():
-                return min(training.forward_left(), self.settings.scheduler.max_batch_tokens)
+                return min(training.forward_left(), max(ft.max_fwd_tokens, ft.bwd_window))
             self._run_piece(training, min(training.piece_rows(), ft.bwd_window))
             if time.monotonic() - start > 0.5:
                 return 0

@@ -116,6 +116,10 @@ def _ramps(n: int, kinks: tuple[int, ...]) -> list[int]:
     return ramps
 
 
+Kind = tuple[bool, bool]
+"""What shares a margin: (backward work?, one row per request and no more?). Backward pieces and batches of
+decodes repeat themselves closely; a prompt varies more, and should not make the others look uncertain."""
+
 Bucket = tuple[bool, bool, int]
 
 
@@ -125,12 +129,16 @@ def bucket(f: Features) -> Bucket:
     return backward, f.train_rows > 0, f.rows.bit_length()
 
 
+def kind(f: Features) -> Kind:
+    return f.bwd_quanta > 0 or f.loss_quanta > 0 or f.optimizer > 0, f.rows - f.train_rows <= f.head_rows
+
+
 class LatencyModel:
     """t = beta · basis(features), beta >= 0; fitted offline (FlexLLM, arXiv 2402.18789), corrected online.
 
     Three figures of increasing caution: `predict` is the fit; a bucket's correction follows a machine that
-    has become slower or faster since; `planned` adds the margin by which 95% of recent iterations stayed
-    below what was planned for them.
+    has become slower or faster since; `planned` adds the margin by which 95% of recent iterations of the kind
+    stayed below what was planned for them.
 
     Args:
         beta: coefficients in ms, one for each term of `basis`.
@@ -142,11 +150,12 @@ class LatencyModel:
         self.beta = tuple(beta)
         self.key = dict(key)
         self.fit_residuals = tuple(residuals)[-WINDOW:]
-        self._residuals = deque(self.fit_residuals, maxlen=WINDOW)
+        self._residuals: dict[Kind, deque[float]] = {}
+        self._margins: dict[Kind, float] = {}
         self._corrections: dict[Bucket, float] = {}
         self._recent: dict[Bucket, deque[float]] = {}
         self._overall = 1.0  # the correction of buckets that have not been seen yet
-        self.margin = self._percentile_95()
+        self._first_margin = _percentile_95(self.fit_residuals)
 
     @classmethod
     def fit(cls, samples: Sequence[tuple[Features, float]], key: Key | None = None) -> LatencyModel:
@@ -180,7 +189,11 @@ class LatencyModel:
 
     def planned(self, features: Features) -> float:
         """Milliseconds that 95% of such iterations stay below."""
-        return self.corrected(features) * self.margin
+        return self.corrected(features) * self.margin(features)
+
+    def margin(self, features: Features) -> float:
+        """How much more than foretold 95% of such iterations take at most; never below 1."""
+        return self._margins.get(kind(features), self._first_margin)
 
     def observe(self, features: Features, measured_ms: float) -> None:
         """Learn from an iteration that ran.
@@ -199,12 +212,11 @@ class LatencyModel:
         ratio = median(recent)
         self._corrections[where] = before + EWMA_WEIGHT * (ratio - before)
         self._overall += EWMA_WEIGHT * (ratio - self._overall)
-        self._residuals.append(measured_ms / (predicted * before))
-        self.margin = self._percentile_95()
-
-    def _percentile_95(self) -> float:
-        ordered = sorted(self._residuals)
-        return max(1.0, ordered[math.ceil(0.95 * len(ordered)) - 1]) if ordered else 1.0
+        shared = kind(features)
+        if shared not in self._residuals:
+            self._residuals[shared] = deque(self.fit_residuals, maxlen=WINDOW)
+        self._residuals[shared].append(measured_ms / (predicted * before))
+        self._margins[shared] = _percentile_95(self._residuals[shared])
 
     def save(self, path: Path) -> None:
         """Write the fit with its key; what was learned online is not kept. Readers see all of it or none."""
@@ -229,6 +241,11 @@ class LatencyModel:
         if not (whole and all(0.0 < value < math.inf for value in residuals)):
             return None
         return cls(beta, residuals, key)
+
+
+def _percentile_95(residuals: Sequence[float]) -> float:
+    ordered = sorted(residuals)
+    return max(1.0, ordered[math.ceil(0.95 * len(ordered)) - 1]) if ordered else 1.0
 
 
 def full_key(key: Key) -> dict[str, str | int]:
