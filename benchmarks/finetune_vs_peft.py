@@ -56,7 +56,7 @@ def run_tokenloom(length: int, steps: int, retain: str) -> dict[str, object]:
     from tokenloom.finetune.hyperparameters import FinetuneOptions, resolve_hyperparameters
     from tokenloom.finetune.local import StepReport, train_here
 
-    engine = Engine(load_settings({"model.name": MODEL, "model.dtype": "float32"}))
+    engine = Engine(load_settings({"model.name": MODEL, "model.dtype": "float32", "model.quantize": "none"}))
     samples = [Sample(ids, [0.0] + [1.0] * (length - 1)) for ids in tokens_of(length, steps)]
     options = FinetuneOptions.model_validate(
         {

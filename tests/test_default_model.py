@@ -37,7 +37,7 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def llm(default_model: Path) -> LLM:
-    return LLM(model__dtype="float32")
+    return LLM(model__dtype="float32", model__quantize="none")
 
 
 @pytest.fixture(scope="module")

@@ -41,8 +41,15 @@ class ModelSettings(_Branch):
         "auto", description="auto: float32 on CPU, the stored type on GPU."
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    backend: Literal["auto", "reference", "torch"] = Field(
-        "auto", description="reference: written for reading, the same tokens in any batch. torch: fast."
+    quantize: Literal["auto", "none", "q8", "q4"] = Field(
+        "auto",
+        description="Bits of the weights in memory. auto: as the file stores them, where the backend "
+        "computes on quantised weights (cpu). none: in dtype. q8, q4: quantised on loading.",
+    )
+    backend: Literal["auto", "reference", "torch", "cpu"] = Field(
+        "auto",
+        description="reference: written for reading, the same tokens in any batch. torch: plain torch. cpu: "
+        "native kernels. auto: cpu on CPUs where it was built, else torch.",
     )
     threads: int = Field(0, ge=0, description="CPU threads; 0 takes torch's own choice.")
     max_model_len: int = Field(
@@ -55,6 +62,11 @@ class CacheSettings(_Branch):
 
     block_size: int = Field(16, ge=1, le=256, description="Tokens per KV block.")
     kv_bytes: int = Field(0, ge=0, description="Bytes of the KV pool; 0 sizes it to the machine.")
+    dtype: Literal["auto", "int8"] = Field(
+        "auto",
+        description="auto: the model's dtype. int8: with a scale per token and head, a quarter of float32; "
+        "nothing can train then.",
+    )
     prefix_caching: bool = True
 
 

@@ -24,7 +24,8 @@ TEXT = Path(transformers.__file__).read_text(encoding="utf-8")
 
 @pytest.mark.default_model
 def test_gradients_of_256_tokens_equal_peft(default_model: Path, tmp_path: Path) -> None:
-    engine = Engine(load_settings({"model.dtype": "float32", "cache.kv_bytes": 128 * 2**20}))
+    flags = {"model.dtype": "float32", "model.quantize": "none", "cache.kv_bytes": 128 * 2**20}
+    engine = Engine(load_settings(flags))
     adapter = Adapter(LoraConfig(), Dims.of(engine.config), torch.float32, engine.device)
     noise = torch.randn(adapter.flat.shape, generator=torch.Generator().manual_seed(0))
     adapter.flat.copy_(0.02 * noise)

@@ -10,14 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tokenloom.cache.kv_cache import KVCache
 from tokenloom.kernels import KVSpan, get_kernels
 
 REFERENCE, TORCH = get_kernels("reference"), get_kernels("torch")
 BLOCK = 4
+Case = tuple[Tensor, KVCache, list[KVSpan], "int | None"]
 
 
 @st.composite
-def packed_attention(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, list[KVSpan], int | None]:
+def packed_attention(draw: st.DrawFn) -> Case:
     """A random ragged batch over a paged cache: chunks, decodes, scattered and consecutive blocks."""
     torch.manual_seed(draw(st.integers(0, 2**31)))
     num_kv_heads, group = draw(st.sampled_from([(1, 1), (2, 1), (2, 3), (1, 4)]))
@@ -33,26 +35,43 @@ def packed_attention(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, list[KVSp
         consecutive = all(b + 1 == c for b, c in itertools.pairwise(blocks))
         spans.append(KVSpan(row, length, kv_len, blocks, consecutive))
         row += length
-    cache = [torch.randn(64 * BLOCK, num_kv_heads, head_dim, dtype=torch.float64) for _ in range(2)]
+    kv = KVCache(
+        1,
+        num_kv_heads,
+        head_dim,
+        num_blocks=64,
+        block_size=BLOCK,
+        dtype=torch.float64,
+        device=torch.device("cpu"),
+        num_kv_heads,
+        head_dim,
+        num_blocks=64,
+        block_size=BLOCK,
+        dtype=torch.float64,
+        device=torch.device("cpu"),
+    )
+    kv.keys[0].normal_()
+    kv.values[0].normal_()
     q = torch.randn(row, num_kv_heads * group, head_dim, dtype=torch.float64)
-    return q, cache[0], cache[1], spans, draw(st.sampled_from([None, 1, 3, 8]))
+    return q, kv, spans, draw(st.sampled_from([None, 1, 3, 8]))
 
 
 @settings(max_examples=80, deadline=None)
 @given(packed_attention())
-def test_attention_equals_reference(case: tuple[Tensor, Tensor, Tensor, list[KVSpan], int | None]) -> None:
-    q, k, v, spans, window = case
-    expected = REFERENCE.attention(q, k, v, spans, BLOCK, window)
-    torch.testing.assert_close(TORCH.attention(q, k, v, spans, BLOCK, window), expected, rtol=0, atol=1e-12)
+def test_attention_equals_reference(case: Case) -> None:
+    q, kv, spans, window = case
+    expected = REFERENCE.attention(q, kv, 0, spans, window)
+    torch.testing.assert_close(TORCH.attention(q, kv, 0, spans, window), expected, rtol=0, atol=1e-12)
 
 
 @settings(max_examples=20, deadline=None)
 @given(packed_attention())
 def test_reference_attention_is_softmax_over_the_causal_window(
-    case: tuple[Tensor, Tensor, Tensor, list[KVSpan], int | None],
+    case: Case,
 ) -> None:
-    q, k, v, spans, window = case
-    out = REFERENCE.attention(q, k, v, spans, BLOCK, window)
+    q, kv, spans, window = case
+    k, v = kv.keys[0], kv.values[0]
+    out = REFERENCE.attention(q, kv, 0, spans, window)
     group = q.shape[1] // k.shape[1]
     for span in spans:
         slots = [b * BLOCK + o for b in span.blocks for o in range(BLOCK)][: span.kv_len]

@@ -14,6 +14,7 @@ from tokenloom.kernels import get_kernels
 from tokenloom.models.adapters import Adapter, AdapterConfig, BottleneckConfig, Dims, Ia3Config, LoraConfig
 from tokenloom.models.decoder import Decoder
 from tokenloom.models.loader import open_model
+from tokenloom.models.weight_loader import WeightLoader
 
 BLOCK = 4
 CPU = torch.device("cpu")
@@ -62,7 +63,9 @@ class Runner:
     def __init__(self, folder: Path, backend: str) -> None:
         files = open_model(str(folder))
         self.config = files.config
-        self.decoder = Decoder(self.config, files.weights, get_kernels(backend), torch.float64, CPU)
+        self.decoder = Decoder(
+            self.config, WeightLoader(files.weights, torch.float64, CPU), get_kernels(backend)
+        )
 
     def logits(self, sequences: list[Sequence], chunks: int = 1) -> list[Tensor]:
         """Logits of all rows, `[len(ids), vocab_size]` per sequence; each is run in that many chunks."""

@@ -20,6 +20,7 @@ from tokenloom.errors import ModelError
 from tokenloom.kernels import get_kernels
 from tokenloom.models.decoder import Decoder
 from tokenloom.models.loader import open_model
+from tokenloom.models.weight_loader import WeightLoader
 
 BLOCK = 4
 CPU = torch.device("cpu")
@@ -77,7 +78,7 @@ def in_float64(model: Any) -> Any:
 def our_logits(source: Path, ids: list[int], chunks: list[int], backend: str = "torch") -> Tensor:
     files = open_model(str(source))
     config = files.config
-    decoder = Decoder(config, files.weights, get_kernels(backend), torch.float64, CPU)
+    decoder = Decoder(config, WeightLoader(files.weights, torch.float64, CPU), get_kernels(backend))
     kv = KVCache(
         config.num_layers,
         config.num_kv_heads,

@@ -22,7 +22,7 @@ from tokenloom import LLM, SamplingParams
 @pytest.mark.timeout(1800)
 @torch.inference_mode()
 def test_greedy_text_is_identical_to_transformers(default_model: Path) -> None:
-    llm = LLM(model__dtype="float32")
+    llm = LLM(model__dtype="float32", model__quantize="none")
     peer = AutoModelForCausalLM.from_pretrained(
         default_model.parent, gguf_file=default_model.name, dtype=torch.float32
     ).eval()

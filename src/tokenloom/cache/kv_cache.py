@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,14 @@ class KVCache:
     `keys[layer]` and `values[layer]` are `[num_blocks * block_size, Hk, D]`. A slot is claimed through
     `BlockPool`; its memory is touched when it is first written. `rows[layer]` is the same memory as plain
     rows of Hk * D numbers, all slots' keys and then all slots' values: training keeps activations in blocks.
+
+    With `dtype` int8 a number is q * scale, with `key_scales[layer]` and `value_scales[layer]`, float32
+    `[num_slots, Hk]`, one per token and head: a quarter of float32's memory and traffic. Otherwise both lists
+    are empty.
     """
+
+    native: Any = None
+    """What the native kernels made of it."""
 
     def __init__(
         self,
@@ -34,27 +42,46 @@ class KVCache:
         self.keys: list[Tensor] = [layer[0] for layer in self._data]
         self.values: list[Tensor] = [layer[1] for layer in self._data]
         self.rows: list[Tensor] = [layer.view(2 * num_blocks * block_size, -1) for layer in self._data]
+        self.quantized = dtype == torch.int8
+        self._scales = torch.empty(shape[:4] if self.quantized else 0, device=device)
+        self.key_scales: list[Tensor] = [layer[0] for layer in self._scales]
+        self.value_scales: list[Tensor] = [layer[1] for layer in self._scales]
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store k, v `[T, Hk, D]` at slots `[T]`."""
+        if self.quantized:
+            k, k_scales = quantize_heads(k)
+            v, v_scales = quantize_heads(v)
+            self.key_scales[layer].index_copy_(0, slots, k_scales)
+            self.value_scales[layer].index_copy_(0, slots, v_scales)
         self.keys[layer].index_copy_(0, slots, k)
         self.values[layer].index_copy_(0, slots, v)
 
     def copy_block(self, source: int, target: int) -> None:
         """Copy the content of one block to another in every layer."""
-        size = self.block_size
-        self._data[:, :, target * size : (target + 1) * size] = self._data[
-            :, :, source * size : (source + 1) * size
-        ]
+        to, of = (slice(b * self.block_size, (b + 1) * self.block_size) for b in (target, source))
+        self._data[:, :, to] = self._data[:, :, of]
+        if self.quantized:
+            self._scales[:, :, to] = self._scales[:, :, of]
 
     @property
     def num_bytes(self) -> int:
-        return self._data.numel() * self._data.element_size()
+        return sum(t.numel() * t.element_size() for t in (self._data, self._scales))
+
+
+def quantize_heads(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x `[T, Hk, D]` to int8 and one scale per token and head, float32 `[T, Hk]`."""
+    most = x.abs().amax(-1)
+    usable = (most > 1e-30) & (most < 1e30)
+    inverse = torch.where(usable, 127 / most, torch.zeros_like(most))
+    q = torch.where(usable[..., None], x * inverse[..., None], torch.zeros_like(x)).round_()
+    return q.to(torch.int8), (most / 127).float()
 
 
 def bytes_per_token(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
     """KV bytes of one token over all layers."""
-    return 2 * num_layers * num_kv_heads * head_dim * dtype.itemsize
+    scale_bytes = 4 if dtype == torch.int8 else 0
+    return 2 * num_layers * num_kv_heads * (head_dim * dtype.itemsize + scale_bytes)
 
 
 def default_pool_bytes(device: torch.device, wanted: int) -> int:

@@ -22,9 +22,10 @@ from tokenloom.engine.scheduler import Plan, Scheduler
 from tokenloom.engine.stats import EngineStats, RequestTiming
 from tokenloom.errors import ModelError, RequestError
 from tokenloom.heap import keep_freed_memory, release_freed_memory
-from tokenloom.kernels import get_kernels
+from tokenloom.kernels import Kernels, get_kernels
 from tokenloom.models.decoder import Decoder
 from tokenloom.models.loader import ModelFiles, open_model
+from tokenloom.models.weight_loader import Quantize, WeightLoader
 from tokenloom.text.detokenizer import Detokenizer
 
 # Prompt log-probabilities need the logits of every prompt row; this many rows of them exist at a time.
@@ -62,8 +63,10 @@ class Engine:
         self.dtype = _dtype(settings.model.dtype, files.config.dtype, self.device)
         if settings.model.threads:
             torch.set_num_threads(settings.model.threads)
-        kernels = get_kernels(settings.model.backend)
-        self.decoder = Decoder(files.config, files.weights, kernels, self.dtype, self.device)
+        kernels = get_kernels(settings.model.backend, self.device)
+        quantize = _quantize(settings.model.quantize, kernels, self.dtype)
+        load = WeightLoader(files.weights, self.dtype, self.device, quantize)
+        self.decoder = Decoder(files.config, load, kernels)
         release_freed_memory()
         keep_freed_memory()
         self.max_model_len = min(
@@ -83,7 +86,8 @@ class Engine:
 
     def _allocate_kv(self) -> KVCache:
         config, cache = self.config, self.settings.cache
-        token_bytes = bytes_per_token(config.num_layers, config.num_kv_heads, config.head_dim, self.dtype)
+        dtype = torch.int8 if cache.dtype == "int8" else self.dtype
+        token_bytes = bytes_per_token(config.num_layers, config.num_kv_heads, config.head_dim, dtype)
         wanted = token_bytes * max(32768, 4 * self.max_model_len)
         pool_bytes = cache.kv_bytes or default_pool_bytes(self.device, wanted)
         num_blocks = pool_bytes // (token_bytes * cache.block_size)
@@ -98,7 +102,7 @@ class Engine:
             config.head_dim,
             num_blocks=num_blocks,
             block_size=cache.block_size,
-            dtype=self.dtype,
+            dtype=dtype,
             device=self.device,
         )
 
@@ -423,6 +427,12 @@ def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ModelError("model.device: cuda was asked for, but torch finds no CUDA device")
     return torch.device(name)
+
+
+def _quantize(wanted: Quantize, kernels: Kernels, dtype: torch.dtype) -> Quantize:
+    """Only the native kernels compute on quantised weights; elsewhere they would only cost time."""
+    native = kernels.name == "cpu" and dtype == torch.float32
+    return "none" if wanted == "auto" and not native else wanted
 
 
 def _dtype(name: str, stored: str, device: torch.device) -> torch.dtype:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from tokenloom.batch import Keep
-from tokenloom.kernels import KVSpan, Linear, mask_ahead
+from tokenloom.kernels import KVSpan, LayerWeights, Linear, mask_ahead, times
 from tokenloom.models.adapters.adapter import Params, TrainableBypass
-from tokenloom.models.decoder import Decoder, Layer
+from tokenloom.models.decoder import Decoder
 
 
 @dataclass(slots=True)
@@ -39,7 +39,7 @@ class Window:
     """Rows `begin .. end` of a pass, in one layer."""
 
     index: int
-    layer: Layer
+    layer: LayerWeights
     begin: int
     end: int
     parts: list[AttentionPart]
@@ -161,7 +161,7 @@ class LayerBackward:
             dy, extra = bypass.backward(dy, x, linear, self.model.kernels, keep, grads)
         if not need_dx:
             return dy
-        return dy @ linear.weight if extra is None else torch.addmm(extra, dy, linear.weight)
+        return times(dy, linear.weight, extra)
 
     @staticmethod
     def _keep(w: Window, site: str, x: Tensor) -> Tensor | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tokenloom.batch import BatchBuilder, Keep
 from tokenloom.engine.engine import Engine
 from tokenloom.engine.latency_model import Features
-from tokenloom.errors import TokenloomError
+from tokenloom.errors import RequestError, TokenloomError
 from tokenloom.finetune.data import Sample
 from tokenloom.finetune.dropout import keep_mask
 from tokenloom.finetune.hyperparameters import Hyperparameters
@@ -101,6 +101,9 @@ class Trainer:
         hyper, seed: of the job, everything resolved.
         listener: hears of steps, checkpoints and the end.
         resume: a snapshot to go on from.
+
+    Raises:
+        RequestError: the KV pool holds 8-bit numbers, in which activations cannot be kept.
     """
 
     def __init__(
@@ -116,6 +119,10 @@ class Trainer:
         valid: Sequence[Sample] = (),
         resume: Snapshot | None = None,
     ) -> None:
+        if engine.kv.quantized:
+            raise RequestError(
+                "cache.dtype: nothing can be trained on an int8 cache; start with cache.dtype=auto"
+            )
         self.engine = engine
         self.adapter, self.objective, self.listener = adapter, objective, listener
         self.samples, self.valid, self.seed = samples, valid, seed

@@ -2,18 +2,50 @@
 
 from __future__ import annotations
 
-from tokenloom.kernels.interface import Kernels, KVSpan, Linear
+import torch
+
+from tokenloom.kernels.interface import (
+    FusedLayers,
+    Kernels,
+    KVSpan,
+    LayerWeights,
+    Linear,
+)
+from tokenloom.kernels.native import native
+from tokenloom.kernels.packed import FORMATS, PackedWeight, Weight, dense, num_bytes, times
 from tokenloom.kernels.reference import ReferenceKernels
 from tokenloom.kernels.torch_ops import TorchKernels, mask_ahead
 
-__all__ = ["BACKENDS", "KVSpan", "Kernels", "Linear", "get_kernels", "mask_ahead"]
+__all__ = [
+    "FORMATS",
+    "FusedLayers",
+    "KVSpan",
+    "Kernels",
+    "LayerWeights",
+    "Linear",
+    "PackedWeight",
+    "Weight",
+    "dense",
+    "get_kernels",
+    "mask_ahead",
+    "native",
+    "num_bytes",
+    "times",
+]
 
-BACKENDS: dict[str, type[ReferenceKernels] | type[TorchKernels]] = {
-    "reference": ReferenceKernels,
-    "torch": TorchKernels,
-}
 
+def get_kernels(name: str = "auto", device: torch.device | str = "cpu") -> Kernels:
+    """The backend of that name; `auto` is the fastest that this machine runs.
 
-def get_kernels(name: str = "auto") -> Kernels:
-    """The backend of that name; `auto` is the fastest that this machine runs."""
-    return BACKENDS["torch" if name == "auto" else name]()
+    Raises:
+        RuntimeError: the native kernels were not built.
+    """
+    if name == "auto":
+        name = "cpu" if torch.device(device).type == "cpu" and native is not None else "torch"
+    if name == "cpu":
+        if native is None:
+            raise RuntimeError("the native CPU kernels were not built: no C++ compiler was found by pip")
+        from tokenloom.kernels.cpu import CpuKernels
+
+        return CpuKernels()
+    return ReferenceKernels() if name == "reference" else TorchKernels()

@@ -2,19 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from tokenloom.cache.kv_cache import KVCache
+from tokenloom.kernels.packed import Weight
+
 
 @dataclass(slots=True)
 class Linear:
     """A frozen projection: weight `[out, in]`, bias `[out]` or None."""
 
-    weight: Tensor
+    weight: Weight
     bias: Tensor | None = None
+
+
+@dataclass(slots=True)
+class LayerWeights:
+    """The weights of one decoder layer; q, k and v, and gate and up, are stacked to be read at once."""
+
+    input_norm: Tensor
+    qkv: Linear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    o: Linear
+    post_norm: Tensor
+    gate_up: Linear
+    down: Linear
+    window: int | None
+
+
+class ModelShape(Protocol):
+    """The part of a model's configuration that kernels need."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def rms_norm_eps(self) -> float: ...
 
 
 @dataclass(slots=True)
@@ -34,16 +70,10 @@ class KVSpan:
     blocks: list[int]
     contiguous: bool
 
-    def slots(self, block_size: int, device: torch.device) -> Tensor:
-        """Cache slots of the span in order, `[kv_len]` int64."""
-        blocks = torch.tensor(self.blocks, device=device)
-        offsets = torch.arange(block_size, device=device)
-        return (blocks[:, None] * block_size + offsets).flatten()[: self.kv_len]
-
     def view(self, cache: Tensor, block_size: int, begin: int = 0) -> Tensor:
-        """Keys or values `begin .. kv_len` of the span, `[kv_len - begin, Hk, D]`; a view where it can be.
+        """What the cache holds of tokens `begin .. kv_len`, `[kv_len - begin, ...]`; a view where it can be.
 
-        cache: `[num_slots, Hk, D]`.
+        cache: `[num_slots, ...]`.
         """
         if self.contiguous:
             first = self.blocks[0] * block_size
@@ -54,13 +84,32 @@ class KVSpan:
         rows = by_block.index_select(0, blocks).flatten(0, 1)
         return rows[begin - skip * block_size : self.kv_len - skip * block_size]
 
+    def read(self, kv: KVCache, layer: int, begin: int = 0) -> tuple[Tensor, Tensor]:
+        """Keys and values of tokens `begin .. kv_len`, each `[kv_len - begin, Hk, D]`, as floating point."""
+        k = self.view(kv.keys[layer], kv.block_size, begin)
+        v = self.view(kv.values[layer], kv.block_size, begin)
+        if not kv.quantized:
+            return k, v
+        k_scale = self.view(kv.key_scales[layer], kv.block_size, begin)
+        v_scale = self.view(kv.value_scales[layer], kv.block_size, begin)
+        return k * k_scale[..., None], v * v_scale[..., None]
+
+
+class FusedLayers(Protocol):
+    """All layers of a decoder, in one call."""
+
+    def __call__(
+        self, x: Tensor, kv: KVCache, slots: Tensor, spans: list[KVSpan], cos: Tensor, sin: Tensor
+    ) -> None:
+        """x `[T, hidden_size]` in place; its keys and values go to slots `[T]`; cos, sin `[T, D / 2]`."""
+
 
 class Kernels(Protocol):
     """One compute backend."""
 
     name: str
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """x `[T, in]`, weight `[out, in]` -> `[T, out]`."""
 
     def add_linear(self, y: Tensor, x: Tensor, weight: Tensor) -> None:
@@ -79,16 +128,14 @@ class Kernels(Protocol):
         """Rotate x `[T, H, D]` by half-split RoPE: dimension i turns with i + D / 2."""
 
     def attention(
-        self,
-        q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        spans: list[KVSpan],
-        block_size: int,
-        window: int | None = None,
+        self, q: Tensor, kv: KVCache, layer: int, spans: list[KVSpan], window: int | None = None
     ) -> Tensor:
-        """Causal attention of every row over its own span.
+        """Causal attention of every row over its own span of a layer's cache.
 
-        q: `[T, Hq, D]`; caches: `[num_slots, Hk, D]`; window: a row reads at most its last `window`
-        tokens, itself included. Returns `[T, Hq, D]`.
+        q: `[T, Hq, D]`; window: a row reads at most its last `window` tokens, itself included. Returns
+        `[T, Hq, D]`.
         """
+
+    def fuse(self, shape: ModelShape, layers: Sequence[LayerWeights]) -> FusedLayers | None:
+        """All layers in one call, where the backend has that for these weights; it does what the operators
+        do one after another."""

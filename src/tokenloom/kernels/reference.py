@@ -8,11 +8,14 @@ chunks, with a cold or a warm prefix cache. Faster backends are tested against t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from tokenloom.kernels.interface import KVSpan
+from tokenloom.cache.kv_cache import KVCache
+from tokenloom.kernels.interface import KVSpan, LayerWeights, ModelShape
+from tokenloom.kernels.packed import PackedWeight, Weight, dense
 
 
 class ReferenceKernels:
@@ -20,7 +23,9 @@ class ReferenceKernels:
 
     name = "reference"
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        if isinstance(weight, PackedWeight):
+            weight = dense(weight).to(x.device, x.dtype)
         y = x.new_empty(len(x), len(weight))
         for i, row in enumerate(x):
             # BLAS picks its order of summation by the vector's alignment, so each row gets a fresh one.
@@ -48,20 +53,13 @@ class ReferenceKernels:
         return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
 
     def attention(
-        self,
-        q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        spans: list[KVSpan],
-        block_size: int,
-        window: int | None = None,
+        self, q: Tensor, kv: KVCache, layer: int, spans: list[KVSpan], window: int | None = None
     ) -> Tensor:
         num_heads, head_dim = q.shape[1:]
-        num_kv_heads = k_cache.shape[1]
+        num_kv_heads = kv.keys[layer].shape[1]
         out = torch.empty_like(q)
         for span in spans:
-            slots = span.slots(block_size, q.device)
-            keys, values = k_cache[slots], v_cache[slots]  # [kv_len, Hk, D]
+            keys, values = span.read(kv, layer)  # [kv_len, Hk, D]
             for i in range(span.length):
                 end = span.kv_len - span.length + i + 1  # this row and all that came before it
                 begin = 0 if window is None else max(0, end - window)
@@ -72,6 +70,9 @@ class ReferenceKernels:
                 weights = torch.softmax(scores, dim=-1, dtype=_wide(q.dtype)).to(q.dtype)
                 out[span.start + i] = torch.matmul(weights, v).reshape(num_heads, head_dim)
         return out
+
+    def fuse(self, shape: ModelShape, layers: Sequence[LayerWeights]) -> None:
+        return None
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

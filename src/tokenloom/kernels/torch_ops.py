@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenloom.kernels.interface import KVSpan
+from tokenloom.cache.kv_cache import KVCache
+from tokenloom.kernels.interface import FusedLayers, KVSpan, LayerWeights, ModelShape
+from tokenloom.kernels.packed import PackedWeight, Weight, dense
 
 # Below this many rows, BLAS is faster on CPU with the weight as the left factor (measured: 25 against
 # 35 ms at one row and 52 against 100 ms at 16 rows for all layers of the default model).
@@ -24,7 +27,9 @@ class TorchKernels:
 
     name = "torch"
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        if isinstance(weight, PackedWeight):
+            weight = dense(weight).to(x.device, x.dtype)
         rows = x.shape[0]
         small = weight.numel() <= _SMALL_WEIGHT
         if x.is_cuda or rows >= _FEW_ROWS or small or x.dtype != torch.float32:
@@ -58,23 +63,16 @@ class TorchKernels:
         return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
 
     def attention(
-        self,
-        q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        spans: list[KVSpan],
-        block_size: int,
-        window: int | None = None,
+        self, q: Tensor, kv: KVCache, layer: int, spans: list[KVSpan], window: int | None = None
     ) -> Tensor:
         num_heads, head_dim = q.shape[1:]
-        num_kv_heads = k_cache.shape[1]
+        num_kv_heads = kv.keys[layer].shape[1]
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         for span in spans:
             rows = slice(span.start, span.start + span.length)
             first_row_end = span.kv_len - span.length + 1
             begin = 0 if window is None else max(0, first_row_end - window)
-            k = span.view(k_cache, block_size, begin).transpose(0, 1)  # [Hk, L, D]
-            v = span.view(v_cache, block_size, begin).transpose(0, 1)
+            k, v = (x.to(q.dtype).transpose(0, 1) for x in span.read(kv, layer, begin))  # [Hk, L, D]
             if span.length == 1:
                 # The query heads of a group read the same keys: to the kernel they are rows of one head.
                 group = q[span.start].view(num_kv_heads, num_heads // num_kv_heads, head_dim)
@@ -91,6 +89,9 @@ class TorchKernels:
                 attended = _sdpa(query, k, v, mask=mask, gqa=num_heads != num_kv_heads)
             out[rows] = attended.transpose(0, 1)
         return out
+
+    def fuse(self, shape: ModelShape, layers: Sequence[LayerWeights]) -> FusedLayers | None:
+        return None
 
 
 def _tiled(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:

@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from tokenloom.batch import Batch
 from tokenloom.cache.kv_cache import KVCache
-from tokenloom.errors import ModelError
-from tokenloom.kernels import Kernels, Linear
+from tokenloom.kernels import Kernels, LayerWeights, Linear, PackedWeight, num_bytes
 from tokenloom.models.config import ModelConfig
 from tokenloom.models.rope import Rope
-from tokenloom.models.weights import WeightSource
-
-
-@dataclass(slots=True)
-class Layer:
-    """The weights of one decoder layer; q, k and v, and gate and up, are stacked to be read at once."""
-
-    input_norm: Tensor
-    qkv: Linear
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    o: Linear
-    post_norm: Tensor
-    gate_up: Linear
-    down: Linear
-    window: int | None
+from tokenloom.models.weight_loader import WeightLoader
 
 
 class Decoder:
@@ -36,33 +18,27 @@ class Decoder:
 
     Args:
         config: the model's shape.
-        weights: where its tensors come from.
+        load: reads its tensors, into the dtype and onto the device that activations have too.
         kernels: the compute backend.
-        dtype, device: what the weights and activations are held in.
 
     Raises:
         ModelError: a tensor is missing or has the wrong shape; the message names it.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        weights: WeightSource,
-        kernels: Kernels,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, config: ModelConfig, load: WeightLoader, kernels: Kernels) -> None:
         self.config = config
         self.kernels = kernels
-        self.dtype = dtype
-        self.device = device
-        self.rope = Rope(config.rope, config.head_dim, config.max_position, device)
-        load = _Loader(weights, dtype, device)
+        self.dtype = load.dtype
+        self.device = load.device
+        self.rope = Rope(config.rope, config.head_dim, config.max_position, load.device)
         width, vocab = config.hidden_size, config.vocab_size
-        self.embedding = load("model.embed_tokens.weight", (vocab, width))
+        self.embedding = load.matrix("model.embed_tokens.weight", (vocab, width))
         self.layers = [_load_layer(load, config, i) for i in range(config.num_layers)]
         self.norm = load("model.norm.weight", (width,))
-        self.head = self.embedding if config.tie_word_embeddings else load("lm_head.weight", (vocab, width))
+        self.head = (
+            self.embedding if config.tie_word_embeddings else load.matrix("lm_head.weight", (vocab, width))
+        )
+        self.fused = kernels.fuse(config, self.layers)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv: KVCache) -> Tensor:
@@ -71,10 +47,23 @@ class Decoder:
         Returns:
             The last hidden states, normalised, `[T, hidden_size]`.
         """
+        cos, sin = self.rope.cos_sin(batch.positions)
+        x = self._embed(batch.tokens)
+        if self.fused is not None and not batch.bypasses and not batch.taps:
+            self.fused(x, kv, batch.slots, batch.spans, cos, sin)
+        else:
+            x = self._layers(batch, kv, x, cos, sin)
+        return self.kernels.rms_norm(x, self.norm, self.config.rms_norm_eps)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        if isinstance(self.embedding, PackedWeight):
+            return self.embedding.rows(tokens)
+        return self.embedding[tokens]
+
+    def _layers(self, batch: Batch, kv: KVCache, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         kernels, config, eps = self.kernels, self.config, self.config.rms_norm_eps
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        rotation = kernels.rotation(*self.rope.cos_sin(batch.positions), self.dtype)
-        x = self.embedding[batch.tokens]
+        rotation = kernels.rotation(cos, sin, self.dtype)
         for i, layer in enumerate(self.layers):
             self._tap(batch, i, "input", x)
             normed = kernels.rms_norm(x, layer.input_norm, eps)
@@ -88,9 +77,7 @@ class Decoder:
             qk = kernels.rope(qk, rotation)
             kv.write(i, batch.slots, qk[:, heads:], v)
             self._tap(batch, i, "query", qk[:, :heads])
-            attended = kernels.attention(
-                qk[:, :heads], kv.keys[i], kv.values[i], batch.spans, kv.block_size, layer.window
-            )
+            attended = kernels.attention(qk[:, :heads], kv, i, batch.spans, layer.window)
             x = x + self._project(batch, i, "o", layer.o, attended.flatten(1))
             self._tap(batch, i, "residual", x)
             normed = kernels.rms_norm(x, layer.post_norm, eps)
@@ -98,7 +85,7 @@ class Decoder:
             self._tap(batch, i, "gate_up", gate_up)
             x = x + self._project(batch, i, "down", layer.down, kernels.silu_mul(gate_up))
         self._tap(batch, len(self.layers), "input", x)
-        return kernels.rms_norm(x, self.norm, eps)
+        return x
 
     def _project(self, batch: Batch, index: int, site: str, linear: Linear, x: Tensor) -> Tensor:
         """One frozen projection, and what adapters add to it."""
@@ -130,48 +117,16 @@ class Decoder:
             tensors += [t for t in (layer.q_norm, layer.k_norm) if t is not None]
             for linear in (layer.qkv, layer.o, layer.gate_up, layer.down):
                 tensors += [linear.weight] + ([] if linear.bias is None else [linear.bias])
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return sum(map(num_bytes, tensors))
 
 
-class _Loader:
-    """Loads tensors of expected shapes from one source."""
-
-    def __init__(self, weights: WeightSource, dtype: torch.dtype, device: torch.device) -> None:
-        self.weights, self.dtype, self.device = weights, dtype, device
-        self.names = set(weights.names())
-
-    def __call__(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        if name not in self.names:
-            raise ModelError(f"{self.weights.path}: tensor {name!r} is missing")
-        found = self.weights.shape(name)
-        if found != shape:
-            raise ModelError(
-                f"{self.weights.path}: tensor {name!r} has shape {list(found)}; the configuration says "
-                f"{list(shape)}"
-            )
-        return self.weights.load(name, self.dtype, self.device)
-
-    def stacked(self, prefix: str, parts: list[tuple[str, int]], width: int, bias: bool) -> Linear:
-        """Several projections of one input as one, `[sum of outs, width]`, filled part by part."""
-        outs = [out for _, out in parts]
-        weight = torch.empty(sum(outs), width, dtype=self.dtype, device=self.device)
-        stacked_bias = torch.empty(sum(outs), dtype=self.dtype, device=self.device) if bias else None
-        row = 0
-        for name, out in parts:
-            weight[row : row + out] = self(f"{prefix}.{name}.weight", (out, width))
-            if stacked_bias is not None:
-                stacked_bias[row : row + out] = self(f"{prefix}.{name}.bias", (out,))
-            row += out
-        return Linear(weight, stacked_bias)
-
-
-def _load_layer(load: _Loader, config: ModelConfig, index: int) -> Layer:
+def _load_layer(load: WeightLoader, config: ModelConfig, index: int) -> LayerWeights:
     prefix = f"model.layers.{index}"
     attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
     width, ff = config.hidden_size, config.intermediate_size
     q_out, kv_out = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     head_norm = (config.head_dim,)
-    return Layer(
+    return LayerWeights(
         input_norm=load(f"{prefix}.input_layernorm.weight", (width,)),
         qkv=load.stacked(
             attention, [("q_proj", q_out), ("k_proj", kv_out), ("v_proj", kv_out)], width, config.qkv_bias

@@ -1,0 +1,47 @@
+#include <initializer_list>
+
+#include "kernels.h"
+
+namespace tokenloom {
+
+#if defined(TOKENLOOM_X86)
+namespace avx2 { extern const Kernels kernels; }
+namespace avx_vnni { extern const Kernels kernels; }
+namespace avx512_vnni { extern const Kernels kernels; }
+#elif defined(TOKENLOOM_ARM)
+namespace neon { extern const Kernels kernels; }
+#endif
+namespace portable { extern const Kernels kernels; }
+
+bool head_dim_supported(int head_dim) {
+    for (int supported : {8, 16, 32, 64, 80, 96, 128}) {
+        if (head_dim == supported) return true;
+    }
+    return false;
+}
+
+const Kernels* const* available_kernels(int* count) {
+    static const Kernels* found[4];
+    static const int number = [] {
+        int n = 0;
+#if defined(TOKENLOOM_X86)
+        __builtin_cpu_init();
+        const bool base = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                          __builtin_cpu_supports("f16c");
+        if (base && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")) {
+            found[n++] = &avx512_vnni::kernels;
+        }
+        if (base && __builtin_cpu_supports("avxvnni")) found[n++] = &avx_vnni::kernels;
+        if (base) found[n++] = &avx2::kernels;
+#elif defined(TOKENLOOM_ARM)
+        found[n++] = &neon::kernels;  // built only where the dot product extension is part of the target
+#endif
+        found[n++] = &portable::kernels;
+        return n;
+    }();
+    *count = number;
+    return found;
+}
+
+}  // namespace tokenloom

@@ -1,0 +1,3 @@
+#define TOKENLOOM_ISA avx2
+#define TOKENLOOM_ISA_NAME "AVX2"
+#include "kernels.inl"

@@ -1,0 +1,3 @@
+#define TOKENLOOM_ISA neon
+#define TOKENLOOM_ISA_NAME "NEON"
+#include "kernels.inl"

@@ -1,0 +1,3 @@
+#define TOKENLOOM_ISA portable
+#define TOKENLOOM_ISA_NAME "portable"
+#include "kernels.inl"

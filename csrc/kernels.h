@@ -1,0 +1,80 @@
+// The kernels of one instruction set behind plain function pointers. All run inside a team: every thread calls
+// them with the same arguments.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "formats.h"
+#include "team.h"
+
+namespace tokenloom {
+
+// What a linear does with its results y [T, N].
+enum class Then : int {
+    Store,     // out[t, n] = y + bias
+    Add,       // out[t, n] += y + bias
+    SiluMul,   // out[t, n] = silu(y[t, n]) * y[t, n + N / 2]; out is [T, N / 2]
+};
+
+// Where the keys and values of one layer lie: float32, or int8 with a scale per token and head.
+struct KVLayer {
+    void* keys = nullptr;
+    void* values = nullptr;
+    float* key_scales = nullptr;  // [num_slots, Hk]; null: float32
+    float* value_scales = nullptr;
+    bool quantized() const { return key_scales != nullptr; }
+};
+
+// Rows `start .. start + length` of the batch are the last of `kv_len` tokens in `blocks`.
+struct Span {
+    int start, length, kv_len;
+    const int32_t* blocks;
+};
+
+// One attention: who reads what. `window` 0: everything before.
+struct AttentionShape {
+    int heads, kv_heads, head_dim, block_size, window;
+    ptrdiff_t q_stride, out_stride;  // in floats, between rows
+};
+
+// A piece of attention: rows of one span, one kv head, some keys.
+struct AttentionTask {
+    int span, row, rows, kv_head, key_begin, key_end;
+    int partial;  // where its result waits to be merged, in units of `partial_floats`; -1: it is the result
+    int num_partials;  // of the first task of a merge: how many follow one another; else 0
+};
+
+struct Kernels {
+    const char* name;
+    // x [T, K] -> activations. norm: multiply by 1 / rms and by it first; null: as they are.
+    void (*quantize)(Work& work, const float* x, ptrdiff_t stride, const float* norm, float eps,
+                     const Activations& to);
+    void (*linear)(Work& work, const Weight& w, const Activations& x, Then then, float* out, ptrdiff_t stride);
+    void (*unpack)(const Weight& w, int row, float* out);  // one row of a weight, float32 [K]
+    void (*rms_norm)(Work& work, const float* x, ptrdiff_t x_stride, const float* weight, float eps, int rows,
+                     int width, float* out, ptrdiff_t out_stride);
+    void (*silu_mul)(Work& work, const float* gate_up, ptrdiff_t stride, int rows, int width, float* out);
+    // qkv [T, (Hq + 2 Hk) D]: normalises (where given) and rotates q and k in place, stores k and v.
+    void (*rope_append)(Work& work, float* qkv, int rows, const AttentionShape& shape, const float* q_norm,
+                        const float* k_norm, float eps, const float* cos, const float* sin,
+                        const int64_t* slots, const KVLayer& kv);
+    void (*store_kv)(Work& work, const float* k, ptrdiff_t k_stride, const float* v, ptrdiff_t v_stride,
+                     int rows, int kv_heads, int head_dim, const int64_t* slots, const KVLayer& kv);
+    void (*attention)(Work& work, const float* q, const AttentionShape& shape, const Span* spans,
+                      const AttentionTask* tasks, int num_tasks, float* partials, const KVLayer& kv,
+                      float* out);
+    void (*sum)(Work& work, const uint64_t* data, size_t count, uint64_t* out);  // one figure per thread
+};
+
+// Numbers of one partial result of attention: rows of (out [D], maximum, sum).
+inline size_t partial_floats(const AttentionShape& s, int rows) {
+    return static_cast<size_t>(rows) * (s.heads / s.kv_heads) * (s.head_dim + 2);
+}
+
+bool head_dim_supported(int head_dim);
+
+// The instruction sets that this build has and this machine runs, best first; the last is plain C++.
+const Kernels* const* available_kernels(int* count);
+
+}  // namespace tokenloom

@@ -1,0 +1,381 @@
+// Python's view of the kernels. Tensors come in as they are (no copies); the GIL is released while they run.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "layers.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace tokenloom {
+namespace {
+
+template <class T>
+using Vector = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Rows = nb::ndarray<const float, nb::ndim<2>, nb::device::cpu>;
+using Out = nb::ndarray<float, nb::ndim<2>, nb::device::cpu>;
+using Heads = nb::ndarray<const float, nb::ndim<3>, nb::device::cpu>;
+using HeadsOut = nb::ndarray<float, nb::ndim<3>, nb::device::cpu>;
+using Bytes = nb::ndarray<const uint8_t, nb::c_contig, nb::device::cpu>;
+using Cache = nb::ndarray<nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+using Scales = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+const Kernels* chosen() {
+    static const Kernels* kernels = nullptr;
+    if (!kernels) {
+        int count;
+        kernels = available_kernels(&count)[0];
+    }
+    return kernels;
+}
+const Kernels* override_kernels = nullptr;
+const Kernels& isa() { return override_kernels ? *override_kernels : *chosen(); }
+
+[[noreturn]] void bad(const std::string& what) { throw std::invalid_argument(what); }
+
+// Rows may be strided, the numbers of a row may not.
+template <class A>
+void check_rows(const A& a, const char* name) {
+    const size_t last = a.ndim() - 1;
+    if (a.shape(last) > 1 && a.stride(last) != 1) bad(std::string(name) + ": the last dimension is strided");
+}
+
+// Keeps the tensors that a kernel's weight points to.
+struct WeightRef {
+    Weight weight;
+    Bytes data;
+    std::optional<Vector<float>> bias;
+
+    WeightRef(int format, int rows, int columns, Bytes data_, std::optional<Vector<float>> bias_)
+        : data(std::move(data_)), bias(std::move(bias_)) {
+        if (format < 0 || format > 2) bad("format: not one of Q8_0, Q4_0, Q4_1");
+        if (rows < 1 || columns < 1 || columns % BLOCK) bad("columns: not a multiple of 32");
+        weight = {static_cast<Format>(format), rows, columns, data.data(), bias ? bias->data() : nullptr};
+        const size_t expected =
+            static_cast<size_t>(weight.groups()) * weight.blocks() * block_bytes(weight.format);
+        if (data.nbytes() != expected) {
+            bad("data: " + std::to_string(data.nbytes()) + " bytes, expected " + std::to_string(expected));
+        }
+        if (bias && static_cast<int>(bias->shape(0)) != rows) bad("bias: one number per row expected");
+    }
+};
+
+// The keys and values of all layers, float32 or int8 with a scale per token and head.
+struct KV {
+    std::vector<KVLayer> layers;
+    std::vector<Cache> keys, values;
+    std::vector<Scales> scales;
+    size_t num_slots = 0;
+    int heads = 0, head_dim = 0;
+
+    KV(std::vector<Cache> keys_, std::vector<Cache> values_, std::vector<Scales> key_scales,
+       std::vector<Scales> value_scales)
+        : keys(std::move(keys_)), values(std::move(values_)) {
+        const bool quantized = !key_scales.empty();
+        if (keys.empty() || values.size() != keys.size() || key_scales.size() != value_scales.size() ||
+            (quantized && key_scales.size() != keys.size())) {
+            bad("cache: as many keys, values and scales as layers expected");
+        }
+        num_slots = keys[0].shape(0);
+        heads = static_cast<int>(keys[0].shape(1));
+        head_dim = static_cast<int>(keys[0].shape(2));
+        const auto wanted = quantized ? nb::dtype<int8_t>() : nb::dtype<float>();
+        for (size_t i = 0; i < keys.size(); ++i) {
+            for (const Cache* part : {&keys[i], &values[i]}) {
+                if (part->dtype() != wanted) bad("cache: float32, or int8 with scales, expected");
+                if (part->shape(0) != num_slots || static_cast<int>(part->shape(1)) != heads ||
+                    static_cast<int>(part->shape(2)) != head_dim) {
+                    bad("cache: layers differ in shape");
+                }
+            }
+            layers.push_back({keys[i].data(), values[i].data(), nullptr, nullptr});
+            if (!quantized) continue;
+            for (const Scales* part : {&key_scales[i], &value_scales[i]}) {
+                if (part->shape(0) != num_slots || static_cast<int>(part->shape(1)) != heads) {
+                    bad("cache: scales differ in shape");
+                }
+                scales.push_back(*part);
+            }
+            layers.back().key_scales = key_scales[i].data();
+            layers.back().value_scales = value_scales[i].data();
+        }
+    }
+
+    const KVLayer& layer(int i) const {
+        if (i < 0 || i >= static_cast<int>(layers.size())) bad("layer: out of range");
+        return layers[i];
+    }
+};
+
+std::vector<Span> spans_of(const nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>& table,
+                           const Vector<int32_t>& blocks, int rows, int block_size, size_t num_slots) {
+    std::vector<Span> spans;
+    if (table.shape(1) != 4) bad("spans: [S, 4] expected");
+    spans.reserve(table.shape(0));
+    for (size_t i = 0; i < table.shape(0); ++i) {
+        const int32_t* s = table.data() + 4 * i;  // start, length, kv_len, first block
+        const int needed = (s[2] + block_size - 1) / block_size;
+        if (s[0] < 0 || s[1] < 1 || s[0] + s[1] > rows || s[2] < s[1] || s[3] < 0 ||
+            static_cast<size_t>(s[3]) + needed > blocks.shape(0)) {
+            bad("spans: row " + std::to_string(i) + " is outside of the batch or its blocks");
+        }
+        for (int b = 0; b < needed; ++b) {
+            const int32_t block = blocks.data()[s[3] + b];
+            if (block < 0 || (static_cast<size_t>(block) + 1) * block_size > num_slots) {
+                bad("blocks: block " + std::to_string(block) + " is outside of the cache");
+            }
+        }
+        spans.push_back({s[0], s[1], s[2], blocks.data() + s[3]});
+    }
+    return spans;
+}
+
+void check_slots(const Vector<int64_t>& slots, size_t rows, size_t num_slots) {
+    if (slots.shape(0) != rows) bad("slots: one per row expected");
+    for (size_t i = 0; i < rows; ++i) {
+        if (slots.data()[i] < 0 || static_cast<size_t>(slots.data()[i]) >= num_slots) {
+            bad("slots: slot " + std::to_string(slots.data()[i]) + " is outside of the cache");
+        }
+    }
+}
+
+using Table = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+// The layers of one decoder; see layers.h.
+class Layers {
+  public:
+    Layers(int width, int ff, int heads, int kv_heads, int head_dim, float eps)
+        : shape_{width, ff, heads, kv_heads, head_dim, eps} {
+        if (kv_heads < 1 || heads % kv_heads || heads / kv_heads > 64) bad("heads: not a multiple of kv_heads");
+        if (!head_dim_supported(head_dim)) bad("head_dim: not supported");
+    }
+
+    void add(Vector<float> input_norm, const WeightRef& qkv, std::optional<Vector<float>> q_norm,
+             std::optional<Vector<float>> k_norm, const WeightRef& o, Vector<float> post_norm,
+             const WeightRef& gate_up, const WeightRef& down, int window) {
+        auto fits = [](const WeightRef& w, int rows, int columns, const char* name) {
+            if (w.weight.rows != rows || w.weight.columns != columns) bad(std::string(name) + ": wrong shape");
+        };
+        fits(qkv, shape_.qkv_width(), shape_.width, "qkv");
+        fits(o, shape_.width, shape_.q_width(), "o");
+        fits(gate_up, 2 * shape_.ff, shape_.width, "gate_up");
+        fits(down, shape_.width, shape_.ff, "down");
+        if (shape_.ff % GROUP) bad("ff: not a multiple of 8");
+        if (static_cast<int>(input_norm.shape(0)) != shape_.width ||
+            static_cast<int>(post_norm.shape(0)) != shape_.width) {
+            bad("norm: wrong shape");
+        }
+        layers_.push_back({input_norm.data(), qkv.weight, q_norm ? q_norm->data() : nullptr,
+                           k_norm ? k_norm->data() : nullptr, o.weight, post_norm.data(), gate_up.weight,
+                           down.weight, window});
+        norms_.push_back(std::move(input_norm));
+        norms_.push_back(std::move(post_norm));
+        if (q_norm) norms_.push_back(std::move(*q_norm));
+        if (k_norm) norms_.push_back(std::move(*k_norm));
+        weights_.insert(weights_.end(), {qkv, o, gate_up, down});
+    }
+
+    void forward(Out x, int begin, int end, const KV& kv, Rows cos, Rows sin, Vector<int64_t> slots, Table table,
+                 Vector<int32_t> blocks, int block_size, int threads) const {
+        const int rows = static_cast<int>(x.shape(0));
+        const int half = shape_.head_dim / 2;
+        if (begin < 0 || end > static_cast<int>(layers_.size()) || kv.layers.size() != layers_.size() ||
+            kv.heads != shape_.kv_heads || kv.head_dim != shape_.head_dim) {
+            bad("layers: out of range, or a cache of another model");
+        }
+        if (static_cast<int>(x.shape(1)) != shape_.width || x.stride(0) != shape_.width) bad("x: wrong shape");
+        if (static_cast<int>(cos.shape(0)) != rows || static_cast<int>(cos.shape(1)) != half ||
+            cos.stride(0) != half || sin.shape(0) != cos.shape(0) || sin.stride(0) != half) {
+            bad("cos, sin: wrong shape");
+        }
+        if (rows == 0) return;
+        check_rows(x, "x");
+        check_slots(slots, rows, kv.num_slots);
+        const auto spans = spans_of(table, blocks, rows, block_size, kv.num_slots);
+        nb::gil_scoped_release release;
+        run_layers(isa(), threads, shape_, layers_, kv.layers, begin, end, x.data(), rows, cos.data(), sin.data(),
+                   slots.data(), spans, block_size);
+    }
+
+  private:
+    Shape shape_;
+    std::vector<Layer> layers_;
+    std::vector<Vector<float>> norms_;  // what the pointers of layers_ point to
+    std::vector<WeightRef> weights_;
+};
+
+void linear(const WeightRef& w, Rows x, Out y, bool add, int threads) {
+    check_rows(x, "x");
+    check_rows(y, "y");
+    const int rows = static_cast<int>(x.shape(0));
+    if (static_cast<int>(x.shape(1)) != w.weight.columns) bad("x: wrong width");
+    if (y.shape(0) != x.shape(0) || static_cast<int>(y.shape(1)) != w.weight.rows) bad("y: wrong shape");
+    if (rows == 0) return;
+    nb::gil_scoped_release release;
+    const Activations activations = scratch().activations(rows, w.weight.columns);
+    run_team(threads, [&](Team& team) {
+        Work work(team, threads);
+        isa().quantize(work, x.data(), x.stride(0), nullptr, 0.0f, activations);
+        isa().linear(work, w.weight, activations, add ? Then::Add : Then::Store, y.data(), y.stride(0));
+    });
+}
+
+void unpack(const WeightRef& w, Vector<int64_t> rows, Out out, int threads) {
+    check_rows(out, "out");
+    if (out.shape(0) != rows.shape(0) || static_cast<int>(out.shape(1)) != w.weight.columns) {
+        bad("out: wrong shape");
+    }
+    for (size_t i = 0; i < rows.shape(0); ++i) {
+        if (rows.data()[i] < 0 || rows.data()[i] >= w.weight.rows) bad("rows: out of range");
+    }
+    nb::gil_scoped_release release;
+    run_team(threads, [&](Team& team) {
+        Work work(team, threads);
+        work.each(static_cast<int>(rows.shape(0)), [&](int i) {
+            isa().unpack(w.weight, static_cast<int>(rows.data()[i]), out.data() + i * out.stride(0));
+        });
+    });
+}
+
+void rms_norm(Rows x, Vector<float> weight, float eps, Out out, int threads) {
+    check_rows(x, "x");
+    check_rows(out, "out");
+    if (x.shape(1) != weight.shape(0) || out.shape(0) != x.shape(0) || out.shape(1) != x.shape(1)) {
+        bad("rms_norm: shapes differ");
+    }
+    nb::gil_scoped_release release;
+    run_team(threads, [&](Team& team) {
+        Work work(team, threads);
+        isa().rms_norm(work, x.data(), x.stride(0), weight.data(), eps, static_cast<int>(x.shape(0)),
+                       static_cast<int>(x.shape(1)), out.data(), out.stride(0));
+    });
+}
+
+void silu_mul(Rows gate_up, Out out, int threads) {
+    check_rows(gate_up, "gate_up");
+    if (gate_up.shape(1) != 2 * out.shape(1) || gate_up.shape(0) != out.shape(0) ||
+        out.stride(0) != static_cast<int64_t>(out.shape(1))) {
+        bad("silu_mul: wrong shape");
+    }
+    nb::gil_scoped_release release;
+    run_team(threads, [&](Team& team) {
+        Work work(team, threads);
+        isa().silu_mul(work, gate_up.data(), gate_up.stride(0), static_cast<int>(out.shape(0)),
+                       static_cast<int>(out.shape(1)), out.data());
+    });
+}
+
+void attention(Heads q, const KV& kv, int layer, Table table, Vector<int32_t> blocks, int block_size, int window,
+               HeadsOut out, int threads) {
+    const int head_dim = static_cast<int>(q.shape(2));
+    AttentionShape shape{static_cast<int>(q.shape(1)), kv.heads, head_dim, block_size, window,
+                         q.stride(0), out.stride(0)};
+    if (!head_dim_supported(head_dim) || kv.head_dim != head_dim) bad("head_dim: not supported");
+    if (shape.heads % shape.kv_heads || shape.heads / shape.kv_heads > 64) bad("heads: not a multiple of kv_heads");
+    if (q.stride(1) != head_dim || q.stride(2) != 1 || out.stride(1) != head_dim || out.stride(2) != 1) {
+        bad("q, out: heads of a row must be contiguous");
+    }
+    const KVLayer& cache = kv.layer(layer);
+    const auto spans = spans_of(table, blocks, static_cast<int>(q.shape(0)), block_size, kv.num_slots);
+    nb::gil_scoped_release release;
+    const AttentionPlan plan = plan_attention(spans, shape);
+    auto& partials = scratch().partials;
+    const size_t needed = static_cast<size_t>(plan.partial_rows) * (head_dim + 2);
+    if (partials.size() < needed) partials.resize(needed);
+    float* memory = partials.data();
+    run_team(threads, [&](Team& team) {
+        Work work(team, threads);
+        isa().attention(work, q.data(), shape, spans.data(), plan.tasks.data(),
+                        static_cast<int>(plan.tasks.size()), memory, cache, out.data());
+    });
+}
+
+void store_kv(Heads k, Heads v, Vector<int64_t> slots, const KV& kv, int layer, int threads) {
+    const int rows = static_cast<int>(k.shape(0)), heads = kv.heads, head_dim = kv.head_dim;
+    if (static_cast<int>(k.shape(1)) != heads || static_cast<int>(k.shape(2)) != head_dim ||
+        v.shape(0) != k.shape(0) || v.shape(1) != k.shape(1) || v.shape(2) != k.shape(2)) {
+        bad("k, v: wrong shape");
+    }
+    if (rows == 0) return;
+    if (k.stride(1) != head_dim || k.stride(2) != 1 || v.stride(1) != head_dim || v.stride(2) != 1) {
+        bad("k, v: heads of a row must be contiguous");
+    }
+    const KVLayer& cache = kv.layer(layer);
+    check_slots(slots, rows, kv.num_slots);
+    nb::gil_scoped_release release;
+    run_team(threads, [&](Team& team) {
+        Work work(team, threads);
+        isa().store_kv(work, k.data(), k.stride(0), v.data(), v.stride(0), rows, heads, head_dim, slots.data(),
+                       cache);
+    });
+}
+
+uint64_t read_all(Bytes data, int threads) {
+    std::vector<uint64_t> parts(256, 0);
+    nb::gil_scoped_release release;
+    run_team(threads, [&](Team& team) {
+        Work work(team, threads);
+        isa().sum(work, reinterpret_cast<const uint64_t*>(data.data()), data.nbytes() / 8, parts.data());
+    });
+    uint64_t total = 0;
+    for (uint64_t part : parts) total += part;
+    return total;
+}
+
+std::vector<std::string> isas() {
+    int count;
+    const auto* found = available_kernels(&count);
+    std::vector<std::string> names;
+    for (int i = 0; i < count; ++i) names.emplace_back(found[i]->name);
+    return names;
+}
+
+void use_isa(const std::string& name) {
+    int count;
+    const auto* found = available_kernels(&count);
+    for (int i = 0; i < count; ++i) {
+        if (found[i]->name == name) {
+            override_kernels = found[i];
+            return;
+        }
+    }
+    bad("no instruction set " + name + " on this machine");
+}
+
+}  // namespace
+}  // namespace tokenloom
+
+NB_MODULE(_native, m) {
+    using namespace tokenloom;
+    m.doc() = "CPU kernels on packed batches; see tokenloom.kernels.cpu.";
+    nb::class_<WeightRef>(m, "Weight")
+        .def(nb::init<int, int, int, Bytes, std::optional<Vector<float>>>(), "format"_a, "rows"_a, "columns"_a,
+             "data"_a, "bias"_a.none() = nb::none());
+    nb::class_<Layers>(m, "Layers")
+        .def(nb::init<int, int, int, int, int, float>(), "width"_a, "ff"_a, "heads"_a, "kv_heads"_a,
+             "head_dim"_a, "eps"_a)
+        .def("add", &Layers::add, "input_norm"_a, "qkv"_a, "q_norm"_a.none(), "k_norm"_a.none(), "o"_a,
+             "post_norm"_a, "gate_up"_a, "down"_a, "window"_a)
+        .def("forward", &Layers::forward, "x"_a, "begin"_a, "end"_a, "kv"_a, "cos"_a, "sin"_a, "slots"_a,
+             "spans"_a, "blocks"_a, "block_size"_a, "threads"_a);
+    nb::class_<KV>(m, "KV").def(nb::init<std::vector<Cache>, std::vector<Cache>, std::vector<Scales>, std::vector<Scales>>(),
+                                "keys"_a, "values"_a, "key_scales"_a, "value_scales"_a);
+    m.def("linear", &linear, "weight"_a, "x"_a, "y"_a, "add"_a, "threads"_a);
+    m.def("unpack", &unpack, "weight"_a, "rows"_a, "out"_a, "threads"_a);
+    m.def("rms_norm", &rms_norm, "x"_a, "weight"_a, "eps"_a, "out"_a, "threads"_a);
+    m.def("silu_mul", &silu_mul, "gate_up"_a, "out"_a, "threads"_a);
+    m.def("attention", &attention, "q"_a, "kv"_a, "layer"_a, "spans"_a, "blocks"_a, "block_size"_a, "window"_a, "out"_a, "threads"_a);
+    m.def("store_kv", &store_kv, "k"_a, "v"_a, "slots"_a, "kv"_a, "layer"_a, "threads"_a);
+    m.def("read_all", &read_all, "data"_a, "threads"_a, "Reads every byte once: the memory's speed.");
+    m.def("isas", &isas, "Instruction sets of this build that this machine runs, best first.");
+    m.def("use_isa", &use_isa, "name"_a, "Compute with this one from now on.");
+    m.def("pool", &pool_name, "Whose threads are used.");
+}

@@ -1,0 +1,88 @@
+// Vectors of eight numbers, in the compiler's own vector extension: one source for every machine. What it
+// cannot say well (integer dot products, half floats, rounding) is written per instruction set in `dots.h`.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace tokenloom {
+
+typedef float f32x8 __attribute__((vector_size(32)));
+typedef int32_t i32x8 __attribute__((vector_size(32)));
+typedef float f32x8_unaligned __attribute__((vector_size(32), aligned(4), may_alias));
+
+static inline f32x8 load(const float* p) { return *reinterpret_cast<const f32x8_unaligned*>(p); }
+static inline void store(float* p, f32x8 v) { *reinterpret_cast<f32x8_unaligned*>(p) = v; }
+static inline f32x8 splat(float x) { return f32x8{x, x, x, x, x, x, x, x}; }
+static inline i32x8 splat_int(int32_t x) { return i32x8{x, x, x, x, x, x, x, x}; }
+static inline f32x8 to_float(i32x8 v) { return __builtin_convertvector(v, f32x8); }
+static inline f32x8 select(i32x8 mask, f32x8 yes, f32x8 no) {
+    return reinterpret_cast<f32x8>((mask & reinterpret_cast<i32x8>(yes)) | (~mask & reinterpret_cast<i32x8>(no)));
+}
+static inline f32x8 abs(f32x8 v) {
+    return reinterpret_cast<f32x8>(reinterpret_cast<i32x8>(v) & splat_int(0x7fffffff));
+}
+// The larger of each pair; NaN where either is.
+static inline f32x8 max_or_nan(f32x8 a, f32x8 b) { return select((a > b) | (a != a), a, b); }
+
+// To the nearest integer, ties to even, for |v| < 2^22.
+static inline i32x8 round_to_int(f32x8 v) {
+    const f32x8 magic = splat(12582912.0f);
+    return reinterpret_cast<i32x8>(v + magic) - reinterpret_cast<i32x8>(magic);
+}
+
+static inline f32x8 halves_swapped(f32x8 v) { return __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3); }
+static inline float sum(f32x8 v) {
+    v = v + halves_swapped(v);
+    return (v[0] + v[1]) + (v[2] + v[3]);
+}
+static inline float max_or_nan(f32x8 v) {
+    v = max_or_nan(v, halves_swapped(v));
+    v = max_or_nan(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5));
+    v = max_or_nan(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6));
+    return v[0];
+}
+
+// Lane i of the result is the sum of v[i].
+static inline f32x8 sums(const f32x8* v) {
+    f32x8 t[4], u[2];
+    for (int i = 0; i < 4; ++i) {
+        const f32x8 a = v[2 * i], b = v[2 * i + 1];
+        t[i] = __builtin_shufflevector(a, b, 0, 8, 2, 10, 4, 12, 6, 14) +
+               __builtin_shufflevector(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
+    }
+    for (int i = 0; i < 2; ++i) {
+        const f32x8 a = t[2 * i], b = t[2 * i + 1];
+        u[i] = __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13) +
+               __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+    return __builtin_shufflevector(u[0], u[1], 0, 1, 2, 3, 8, 9, 10, 11) +
+           __builtin_shufflevector(u[0], u[1], 4, 5, 6, 7, 12, 13, 14, 15);
+}
+
+// e^x to 2e-7 relative, by reduction to |r| <= ln 2 / 2 and a Taylor polynomial of degree 7. NaN stays NaN;
+// above 88.7 infinity, below -87.3 zero.
+static inline f32x8 exp(f32x8 x) {
+    const f32x8 low = splat(-87.3f), high = splat(88.7f);
+    const i32x8 under = x < low, over = x > high;
+    x = select(under, low, select(over, high, x));
+    const i32x8 n = round_to_int(select(x == x, x, splat(0.0f)) * splat(1.44269504f));
+    const f32x8 whole = to_float(n);
+    const f32x8 r = (x - whole * splat(0.693359375f)) + whole * splat(2.12194440e-4f);
+    f32x8 p = splat(1.0f / 5040);
+    p = p * r + splat(1.0f / 720);
+    p = p * r + splat(1.0f / 120);
+    p = p * r + splat(1.0f / 24);
+    p = p * r + splat(1.0f / 6);
+    p = p * r + splat(0.5f);
+    p = p * r + splat(1.0f);
+    p = p * r + splat(1.0f);
+    // n reaches 128 at the upper end, where 2^n alone would overflow: two factors.
+    const i32x8 half = n >> 1;
+    const f32x8 scale_a = reinterpret_cast<f32x8>((half + 127) << 23);
+    const f32x8 scale_b = reinterpret_cast<f32x8>((n - half + 127) << 23);
+    const f32x8 result = p * scale_a * scale_b;
+    return select(over, splat(__builtin_inff()), select(under, splat(0.0f), result));
+}
+
+}  // namespace tokenloom

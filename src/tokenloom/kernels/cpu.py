@@ -1,0 +1,157 @@
+"""The native CPU backend: integer dot products on packed weights, and fused operators (see `csrc/`).
+
+What it has no kernel for (other dtypes, weights that are not packed) is the torch backend's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenloom.cache.kv_cache import KVCache
+from tokenloom.kernels.interface import KVSpan, LayerWeights, ModelShape, Weight
+from tokenloom.kernels.native import native
+from tokenloom.kernels.packed import PackedWeight
+from tokenloom.kernels.torch_ops import TorchKernels
+
+HEAD_DIMS = (8, 16, 32, 64, 80, 96, 128)
+MAX_GROUP = 64  # query heads per KV head
+
+SpanTable = tuple[Tensor, Tensor]
+
+
+class CpuKernels(TorchKernels):
+    """See `tokenloom.kernels.interface.Kernels` for shapes."""
+
+    name = "cpu"
+
+    def __init__(self) -> None:
+        self._table: tuple[list[KVSpan], SpanTable] = ([], (torch.empty(0), torch.empty(0)))
+
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        if not isinstance(weight, PackedWeight) or x.dtype != torch.float32:
+            return super().linear(x, weight, bias)
+        y = torch.empty(len(x), weight.shape[0])
+        rows = x if x.stride(-1) == 1 else x.contiguous()
+        native.linear(weight.native, rows, y, False, torch.get_num_threads())
+        return y if bias is None else y.add_(bias)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        if gate_up.dtype != torch.float32:
+            return super().silu_mul(gate_up)
+        out = torch.empty(len(gate_up), gate_up.shape[1] // 2)
+        native.silu_mul(gate_up, out, torch.get_num_threads())
+        return out
+
+    def attention(
+        self, q: Tensor, kv: KVCache, layer: int, spans: list[KVSpan], window: int | None = None
+    ) -> Tensor:
+        heads, head_dim = q.shape[1:]
+        if q.dtype != torch.float32 or not _attends(heads, kv.keys[0].shape[1], head_dim):
+            return super().attention(q, kv, layer, spans, window)
+        out = torch.empty(q.shape)
+        threads = torch.get_num_threads()
+        table, blocks = self._span_table(spans)
+        native.attention(q, native_cache(kv), layer, table, blocks, kv.block_size, window or 0, out, threads)
+        return out
+
+    def fuse(self, shape: ModelShape, layers: Sequence[LayerWeights]) -> FusedLayers | None:
+        packed = all(
+            isinstance(linear.weight, PackedWeight)
+            for layer in layers
+            for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)
+        )
+        fits = (
+            _attends(shape.num_heads, shape.num_kv_heads, shape.head_dim) and shape.intermediate_size % 8 == 0
+        )
+        return FusedLayers(shape, layers) if packed and fits else None
+
+    def _span_table(self, spans: list[KVSpan]) -> SpanTable:
+        """What the kernels read of a batch's spans: int32 `[S, 4]` (start, length, kv_len, first block) and
+        all block ids. Layers of one batch pass the same list."""
+        known, table = self._table
+        if known is not spans:
+            table = span_table(spans)
+            self._table = (spans, table)
+        return table
+
+
+class FusedLayers:
+    """All layers of a decoder in one call."""
+
+    def __init__(self, shape: ModelShape, layers: Sequence[LayerWeights]) -> None:
+        self.num_layers = len(layers)
+        self._native = native.Layers(
+            shape.hidden_size,
+            shape.intermediate_size,
+            shape.num_heads,
+            shape.num_kv_heads,
+            shape.head_dim,
+            shape.rms_norm_eps,
+        )
+        for layer in layers:
+            weights = []
+            for linear in (layer.qkv, layer.o, layer.gate_up, layer.down):
+                assert isinstance(linear.weight, PackedWeight)
+                format, data = linear.weight.format, linear.weight.data
+                weights.append(native.Weight(format.code, *linear.weight.shape, data, linear.bias))
+            qkv, o, gate_up, down = weights
+            self._native.add(
+                layer.input_norm,
+                qkv,
+                layer.q_norm,
+                layer.k_norm,
+                o,
+                layer.post_norm,
+                gate_up,
+                down,
+                layer.window or 0,
+            )
+
+    def __call__(
+        self,
+        x: Tensor,
+        kv: KVCache,
+        slots: Tensor,
+        spans: list[KVSpan],
+        cos: Tensor,
+        sin: Tensor,
+    ) -> None:
+        """x `[T, hidden_size]` through all layers, in place; cos, sin `[T, D / 2]`; slots `[T]`."""
+        table, blocks = span_table(spans)
+        self._native.forward(
+            x,
+            0,
+            self.num_layers,
+            native_cache(kv),
+            cos,
+            sin,
+            slots,
+            table,
+            blocks,
+            kv.block_size,
+            torch.get_num_threads(),
+        )
+
+
+def span_table(spans: list[KVSpan]) -> SpanTable:
+    table, first = [], 0
+    for span in spans:
+        table.append((span.start, span.length, span.kv_len, first))
+        first += len(span.blocks)
+    blocks = np.fromiter((b for span in spans for b in span.blocks), np.int32, first)
+    return torch.from_numpy(np.array(table, np.int32).reshape(-1, 4)), torch.from_numpy(blocks)
+
+
+def native_cache(kv: KVCache) -> Any:
+    if kv.native is None:
+        kv.native = native.KV(kv.keys, kv.values, kv.key_scales, kv.value_scales)
+    return kv.native
+
+
+def _attends(heads: int, kv_heads: int, head_dim: int) -> bool:
+    return head_dim in HEAD_DIMS and heads // kv_heads <= MAX_GROUP
