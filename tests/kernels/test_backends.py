@@ -43,12 +43,6 @@ def packed_attention(draw: st.DrawFn) -> Case:
         block_size=BLOCK,
         dtype=torch.float64,
         device=torch.device("cpu"),
-        num_kv_heads,
-        head_dim,
-        num_blocks=64,
-        block_size=BLOCK,
-        dtype=torch.float64,
-        device=torch.device("cpu"),
     )
     kv.keys[0].normal_()
     kv.values[0].normal_()

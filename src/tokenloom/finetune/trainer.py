@@ -120,9 +120,7 @@ class Trainer:
         resume: Snapshot | None = None,
     ) -> None:
         if engine.kv.quantized:
-            raise RequestError(
-                "cache.dtype: nothing can be trained on an int8 cache; start with cache.dtype=auto"
-            )
+            raise RequestError("cache.dtype: nothing can be trained on an int8 cache; use cache.dtype=auto")
         self.engine = engine
         self.adapter, self.objective, self.listener = adapter, objective, listener
         self.samples, self.valid, self.seed = samples, valid, seed
