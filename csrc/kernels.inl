@@ -6,12 +6,16 @@
 #include "dots.h"
 #include "kernels.h"
 
+// Sums must stay in registers, which takes loops over them that are unrolled whole.
+#define TOKENLOOM_UNROLL _Pragma("GCC unroll 8")
+
 namespace tokenloom {
 namespace TOKENLOOM_ISA {
 namespace {
 
 constexpr int TILE = 4;        // activation rows that share the unpacking of a weight
 constexpr int ROW_BLOCK = 64;  // activation rows that stay in the L2 cache while weights pass by
+constexpr int PREFETCH = 2048;  // bytes of weights, asked for before the first rows meet them
 constexpr int PIECES = 16;     // pieces per thread, so that nobody waits long for the last
 
 int pieces_of(int count, int threads, int least) {
@@ -87,10 +91,14 @@ inline void dots(const uint8_t* w, const int8_t* a, ptrdiff_t stride, i32x8* out
     }
 }
 
+inline void prefetch(const uint8_t* p, int bytes) {
+    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
+}
+
 // Eight weight rows times M activation rows; the order of summation does not depend on M, so a row's result
 // is the same in any batch.
 template <Format F, int M>
-inline void tile(const uint8_t* w, int blocks, const Activations& x, int row, f32x8* out) {
+inline void tile(const uint8_t* w, int blocks, const Activations& x, int row, bool ahead, f32x8* out) {
     const ptrdiff_t stride = x.columns;
     const int8_t* a = x.q + row * stride;
     const float* scale = x.scale + static_cast<size_t>(row) * blocks;
@@ -98,6 +106,7 @@ inline void tile(const uint8_t* w, int blocks, const Activations& x, int row, f3
     f32x8 acc[M];
     for (int m = 0; m < M; ++m) acc[m] = splat(0.0f);
     for (int b = 0; b < blocks; ++b) {
+        if (ahead) prefetch(w + PREFETCH, block_bytes(F));
         i32x8 products[M];
         dots<F, M>(w, a + b * BLOCK, stride, products);
         const auto* halves = reinterpret_cast<const uint16_t*>(w + quant_bytes(F));
@@ -119,11 +128,11 @@ inline void tile(const uint8_t* w, int blocks, const Activations& x, int row, f3
 template <Format F>
 inline void tiles(const uint8_t* w, int blocks, const Activations& x, int row, int rows, f32x8* out) {
     int m = 0;
-    for (; m + TILE <= rows; m += TILE) tile<F, TILE>(w, blocks, x, row + m, out + m);
+    for (; m + TILE <= rows; m += TILE) tile<F, TILE>(w, blocks, x, row + m, m == 0, out + m);
     switch (rows - m) {
-        case 3: tile<F, 3>(w, blocks, x, row + m, out + m); break;
-        case 2: tile<F, 2>(w, blocks, x, row + m, out + m); break;
-        case 1: tile<F, 1>(w, blocks, x, row + m, out + m); break;
+        case 3: tile<F, 3>(w, blocks, x, row + m, m == 0, out + m); break;
+        case 2: tile<F, 2>(w, blocks, x, row + m, m == 0, out + m); break;
+        case 1: tile<F, 1>(w, blocks, x, row + m, m == 0, out + m); break;
         default: break;
     }
 }
@@ -302,23 +311,62 @@ void store_kv(Work& work, const float* k, ptrdiff_t k_stride, const float* v, pt
 constexpr int KEYS = 64;          // keys at a time: 16 KiB each of keys and values at D = 64
 constexpr int MOST_QUERIES = 64;  // query heads times rows of one task
 
-// Pointers to the next keys or values of a span; those in 8 bits are widened into `wide` first.
+// Where in the cache the keys of a span lie, counted in heads.
+void locate(const AttentionShape& s, const Span& span, int begin, int count, int kv_head, size_t* index) {
+    const int32_t* block = span.blocks + begin / s.block_size;
+    int offset = begin % s.block_size;
+    for (int i = 0; i < count; ++block, offset = 0) {
+        const int run = std::min(count - i, s.block_size - offset);
+        size_t at = (static_cast<size_t>(*block) * s.block_size + offset) * s.kv_heads + kv_head;
+        for (int j = 0; j < run; ++j, at += s.kv_heads) index[i++] = at;
+    }
+}
+
+// Asks for keys and values that are needed soon: one head's rows lie apart, so the processor does not foresee them.
 template <int D>
-void gather(const AttentionShape& s, const Span& span, int begin, int count, int kv_head, const void* data,
-            const float* scales, const float** rows, float* wide) {
+inline void fetch(const size_t* index, int count, const KVLayer& kv) {
+    const int bytes = D * (kv.quantized() ? 1 : 4);
+    const char *keys = static_cast<const char*>(kv.keys), *values = static_cast<const char*>(kv.values);
     for (int i = 0; i < count; ++i) {
-        const int token = begin + i;
-        const size_t slot =
-            static_cast<size_t>(span.blocks[token / s.block_size]) * s.block_size + token % s.block_size;
-        const size_t index = slot * s.kv_heads + kv_head;
-        if (!scales) {
-            rows[i] = static_cast<const float*>(data) + index * D;
-            continue;
+        for (int line = 0; line < bytes; line += 64) {
+            __builtin_prefetch(keys + index[i] * bytes + line, 0, 2);
+            __builtin_prefetch(values + index[i] * bytes + line, 0, 2);
         }
-        const auto* q = static_cast<const int8_t*>(data) + index * D;
-        const float scale = scales[index];
+    }
+}
+
+// Pointers to keys or values; those in 8 bits are widened into `wide` first.
+template <int D>
+void gather(const size_t* index, int count, const void* data, const float* scales, const float** rows,
+            float* wide) {
+    if (!scales) {
+        for (int i = 0; i < count; ++i) rows[i] = static_cast<const float*>(data) + index[i] * D;
+        return;
+    }
+    for (int i = 0; i < count; ++i) {
+        const auto* q = static_cast<const int8_t*>(data) + index[i] * D;
+        const float scale = scales[index[i]];
         for (int d = 0; d < D; ++d) wide[i * D + d] = scale * static_cast<float>(q[d]);
         rows[i] = wide + i * D;
+    }
+}
+
+// acc = acc * decay + the sum of p[j] * rows[j], in parts that fit the registers.
+template <int D>
+inline void add_values(const float* const* rows, const float* p, int low, int high, float decay, float* acc) {
+    constexpr int PART = D % 64 == 0 ? 64 : D % 32 == 0 ? 32 : D % 16 == 0 ? 16 : 8, V = PART / 8;
+    for (int part = 0; part < D; part += PART) {
+        f32x8 sums[V];
+        TOKENLOOM_UNROLL
+        for (int v = 0; v < V; ++v) sums[v] = load(acc + part + 8 * v) * splat(decay);
+        for (int j = low; j < high; ++j) {
+            const f32x8 weight = splat(p[j]);
+            const float* row = rows[j] + part;
+            TOKENLOOM_UNROLL
+            for (int v = 0; v < V; ++v) sums[v] += weight * load(row + 8 * v);
+        }
+        TOKENLOOM_UNROLL
+        for (int v = 0; v < V; ++v) store(acc + part + 8 * v, sums[v]);
     }
 }
 
@@ -341,22 +389,35 @@ void attend(const float* q, const AttentionShape& s, const Span* spans, const At
         most[i] = -__builtin_inff();
         total[i] = 0.0f;
     }
+    size_t index[2][KEYS];
+    int turn = 0;
+    locate(s, span, task.key_begin, std::min(KEYS, task.key_end - task.key_begin), task.kv_head, index[0]);
     for (int begin = task.key_begin; begin < task.key_end; begin += KEYS) {
         const int count = std::min(KEYS, task.key_end - begin), padded = (count + 7) / 8 * 8;
-        gather<D>(s, span, begin, count, task.kv_head, kv.keys, kv.key_scales, rows, wide);
+        const size_t* here = index[turn];
+        const size_t* ahead = index[turn ^= 1];
+        const int next = std::min(KEYS, task.key_end - begin - KEYS);
+        if (next > 0) locate(s, span, begin + KEYS, next, task.kv_head, index[turn]);
+        gather<D>(here, count, kv.keys, kv.key_scales, rows, wide);
         for (int j = count; j < padded; ++j) rows[j] = rows[count - 1];
         for (int j = 0; j < padded; j += 8) {
+            if (j < next) fetch<D>(ahead + j, std::min(8, next - j), kv);
             for (int i = 0; i < queries; ++i) {
+                const float* x = query + i * D;
+                // Or the compiler copies all eight keys to the stack, since they are the same for each query.
+                asm("" ::: "memory");
                 f32x8 products[8];
+                TOKENLOOM_UNROLL
                 for (int k = 0; k < 8; ++k) products[k] = splat(0.0f);
-                for (int v = 0; v < V; ++v) {
-                    const f32x8 x = load(query + i * D + 8 * v);
-                    for (int k = 0; k < 8; ++k) products[k] += x * load(rows[j + k] + 8 * v);
+                for (int d = 0; d < D; d += 8) {
+                    const f32x8 part = load(x + d);
+                    TOKENLOOM_UNROLL
+                    for (int k = 0; k < 8; ++k) products[k] += part * load(rows[j + k] + d);
                 }
                 store(scores + i * KEYS + j, sums(products));
             }
         }
-        gather<D>(s, span, begin, count, task.kv_head, kv.values, kv.value_scales, rows, wide);
+        gather<D>(here, count, kv.values, kv.value_scales, rows, wide);
         for (int i = 0; i < queries; ++i) {
             // Row r of the span is token kv_len - length + r: it reads up to itself.
             const int last = span.kv_len - span.length + task.row + i / group;
@@ -379,13 +440,7 @@ void attend(const float* q, const AttentionShape& s, const Span* spans, const At
             const float decay = most[i] == next ? 1.0f : exp(splat(most[i] - next))[0];
             total[i] = total[i] * decay + sum(weights);
             most[i] = next;
-            f32x8 sums_v[V];
-            for (int v = 0; v < V; ++v) sums_v[v] = load(acc + i * D + 8 * v) * splat(decay);
-            for (int j = low; j < high; ++j) {
-                const f32x8 weight = splat(p[j]);
-                for (int v = 0; v < V; ++v) sums_v[v] += weight * load(rows[j] + 8 * v);
-            }
-            for (int v = 0; v < V; ++v) store(acc + i * D + 8 * v, sums_v[v]);
+            add_values<D>(rows, p, low, high, decay, acc + i * D);
         }
     }
     for (int i = 0; i < queries; ++i) {

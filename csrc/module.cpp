@@ -57,7 +57,8 @@ struct WeightRef {
     WeightRef(int format, int rows, int columns, Bytes data_, std::optional<Vector<float>> bias_)
         : data(std::move(data_)), bias(std::move(bias_)) {
         if (format < 0 || format > 2) bad("format: not one of Q8_0, Q4_0, Q4_1");
-        if (rows < 1 || columns < 1 || columns % BLOCK) bad("columns: not a multiple of 32");
+        if (rows < 1) bad("rows: at least one expected");
+        if (columns < 1 || columns % BLOCK) bad("columns: not a multiple of 32");
         weight = {static_cast<Format>(format), rows, columns, data.data(), bias ? bias->data() : nullptr};
         const size_t expected =
             static_cast<size_t>(weight.groups()) * weight.blocks() * block_bytes(weight.format);
@@ -119,11 +120,12 @@ std::vector<Span> spans_of(const nb::ndarray<const int32_t, nb::ndim<2>, nb::c_c
                            const Vector<int32_t>& blocks, int rows, int block_size, size_t num_slots) {
     std::vector<Span> spans;
     if (table.shape(1) != 4) bad("spans: [S, 4] expected");
+    if (block_size < 1) bad("block_size: at least 1 expected");
     spans.reserve(table.shape(0));
     for (size_t i = 0; i < table.shape(0); ++i) {
         const int32_t* s = table.data() + 4 * i;  // start, length, kv_len, first block
-        const int needed = (s[2] + block_size - 1) / block_size;
-        if (s[0] < 0 || s[1] < 1 || s[0] + s[1] > rows || s[2] < s[1] || s[3] < 0 ||
+        const int needed = s[2] / block_size + (s[2] % block_size > 0);
+        if (s[0] < 0 || s[1] < 1 || s[0] > rows - s[1] || s[2] < s[1] || s[3] < 0 ||
             static_cast<size_t>(s[3]) + needed > blocks.shape(0)) {
             bad("spans: row " + std::to_string(i) + " is outside of the batch or its blocks");
         }
@@ -173,6 +175,9 @@ class Layers {
             static_cast<int>(post_norm.shape(0)) != shape_.width) {
             bad("norm: wrong shape");
         }
+        for (const auto* norm : {&q_norm, &k_norm}) {
+            if (*norm && static_cast<int>((*norm)->shape(0)) != shape_.head_dim) bad("q_norm, k_norm: wrong shape");
+        }
         layers_.push_back({input_norm.data(), qkv.weight, q_norm ? q_norm->data() : nullptr,
                            k_norm ? k_norm->data() : nullptr, o.weight, post_norm.data(), gate_up.weight,
                            down.weight, window});
@@ -193,11 +198,14 @@ class Layers {
         }
         if (static_cast<int>(x.shape(1)) != shape_.width || x.stride(0) != shape_.width) bad("x: wrong shape");
         if (static_cast<int>(cos.shape(0)) != rows || static_cast<int>(cos.shape(1)) != half ||
-            cos.stride(0) != half || sin.shape(0) != cos.shape(0) || sin.stride(0) != half) {
+            cos.stride(0) != half || sin.shape(0) != cos.shape(0) || sin.shape(1) != cos.shape(1) ||
+            sin.stride(0) != half) {
             bad("cos, sin: wrong shape");
         }
         if (rows == 0) return;
         check_rows(x, "x");
+        check_rows(cos, "cos");
+        check_rows(sin, "sin");
         check_slots(slots, rows, kv.num_slots);
         const auto spans = spans_of(table, blocks, rows, block_size, kv.num_slots);
         nb::gil_scoped_release release;
@@ -280,6 +288,9 @@ void attention(Heads q, const KV& kv, int layer, Table table, Vector<int32_t> bl
                          q.stride(0), out.stride(0)};
     if (!head_dim_supported(head_dim) || kv.head_dim != head_dim) bad("head_dim: not supported");
     if (shape.heads % shape.kv_heads || shape.heads / shape.kv_heads > 64) bad("heads: not a multiple of kv_heads");
+    for (size_t i = 0; i < 3; ++i) {
+        if (out.shape(i) != q.shape(i)) bad("out: wrong shape");
+    }
     if (q.stride(1) != head_dim || q.stride(2) != 1 || out.stride(1) != head_dim || out.stride(2) != 1) {
         bad("q, out: heads of a row must be contiguous");
     }
@@ -355,24 +366,28 @@ void use_isa(const std::string& name) {
 
 NB_MODULE(_native, m) {
     using namespace tokenloom;
+    // What is written to, or kept, must be the caller's own memory: never a converted copy.
     m.doc() = "CPU kernels on packed batches; see tokenloom.kernels.cpu.";
     nb::class_<WeightRef>(m, "Weight")
         .def(nb::init<int, int, int, Bytes, std::optional<Vector<float>>>(), "format"_a, "rows"_a, "columns"_a,
-             "data"_a, "bias"_a.none() = nb::none());
+             "data"_a.noconvert(), "bias"_a.none() = nb::none());
     nb::class_<Layers>(m, "Layers")
         .def(nb::init<int, int, int, int, int, float>(), "width"_a, "ff"_a, "heads"_a, "kv_heads"_a,
              "head_dim"_a, "eps"_a)
         .def("add", &Layers::add, "input_norm"_a, "qkv"_a, "q_norm"_a.none(), "k_norm"_a.none(), "o"_a,
              "post_norm"_a, "gate_up"_a, "down"_a, "window"_a)
-        .def("forward", &Layers::forward, "x"_a, "begin"_a, "end"_a, "kv"_a, "cos"_a, "sin"_a, "slots"_a,
-             "spans"_a, "blocks"_a, "block_size"_a, "threads"_a);
-    nb::class_<KV>(m, "KV").def(nb::init<std::vector<Cache>, std::vector<Cache>, std::vector<Scales>, std::vector<Scales>>(),
-                                "keys"_a, "values"_a, "key_scales"_a, "value_scales"_a);
-    m.def("linear", &linear, "weight"_a, "x"_a, "y"_a, "add"_a, "threads"_a);
-    m.def("unpack", &unpack, "weight"_a, "rows"_a, "out"_a, "threads"_a);
-    m.def("rms_norm", &rms_norm, "x"_a, "weight"_a, "eps"_a, "out"_a, "threads"_a);
-    m.def("silu_mul", &silu_mul, "gate_up"_a, "out"_a, "threads"_a);
-    m.def("attention", &attention, "q"_a, "kv"_a, "layer"_a, "spans"_a, "blocks"_a, "block_size"_a, "window"_a, "out"_a, "threads"_a);
+        .def("forward", &Layers::forward, "x"_a.noconvert(), "begin"_a, "end"_a, "kv"_a, "cos"_a, "sin"_a,
+             "slots"_a, "spans"_a, "blocks"_a, "block_size"_a, "threads"_a);
+    nb::class_<KV>(m, "KV")
+        .def(nb::init<std::vector<Cache>, std::vector<Cache>, std::vector<Scales>, std::vector<Scales>>(),
+             "keys"_a.noconvert(), "values"_a.noconvert(), "key_scales"_a.noconvert(),
+             "value_scales"_a.noconvert());
+    m.def("linear", &linear, "weight"_a, "x"_a, "y"_a.noconvert(), "add"_a, "threads"_a);
+    m.def("unpack", &unpack, "weight"_a, "rows"_a, "out"_a.noconvert(), "threads"_a);
+    m.def("rms_norm", &rms_norm, "x"_a, "weight"_a, "eps"_a, "out"_a.noconvert(), "threads"_a);
+    m.def("silu_mul", &silu_mul, "gate_up"_a, "out"_a.noconvert(), "threads"_a);
+    m.def("attention", &attention, "q"_a, "kv"_a, "layer"_a, "spans"_a, "blocks"_a, "block_size"_a, "window"_a,
+          "out"_a.noconvert(), "threads"_a);
     m.def("store_kv", &store_kv, "k"_a, "v"_a, "slots"_a, "kv"_a, "layer"_a, "threads"_a);
     m.def("read_all", &read_all, "data"_a, "threads"_a, "Reads every byte once: the memory's speed.");
     m.def("isas", &isas, "Instruction sets of this build that this machine runs, best first.");

@@ -3,6 +3,7 @@
 #include <condition_variable>
 #include <deque>
 #include <mutex>
+#include <stdexcept>
 #include <thread>
 #include <vector>
 
@@ -107,8 +108,9 @@ void Work::wait_beyond(uint64_t step) const {
 }
 
 void run_team(int threads, TeamFunction function, void* data) {
+    if (threads < 1) throw std::invalid_argument("threads: at least 1 expected");
     Team team;
-    if (threads <= 1) {
+    if (threads == 1) {
         function(data, team);
         return;
     }
