@@ -1,0 +1,392 @@
+"""The native kernels against plain torch: products of packed weights, and what runs row by row.
+
+`make sanitize` runs this file, and `test_native_attention.py`, on kernels built with ASan and UBSan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gguf.quants
+import numpy as np
+import pytest
+import torch
+from gguf.constants import GGMLQuantizationType
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tokenloom.kernels import FORMATS, PackedWeight, get_kernels, native
+
+pytestmark = pytest.mark.skipif(native is None, reason="the native kernels were not built")
+
+REFERENCE = get_kernels("reference")
+ROWS = [0, 1, 2, 3, 4, 5, 16, 64, 65, 130]
+ISAS = native.isas() if native is not None else []
+formats = st.sampled_from(sorted(FORMATS))
+seeds = st.integers(0, 2**31)
+few = settings(max_examples=40, deadline=None)
+
+
+@pytest.fixture(autouse=True)
+def best_isa() -> Iterator[None]:
+    yield
+    native.use_isa(ISAS[0])
+
+
+def weight_of(name: str, rows: int, columns: int) -> PackedWeight:
+    return PackedWeight.quantize(name, torch.randn(rows, columns))
+
+
+def activations(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """x `[T, K]`, and what 8 bits hold of it: no number lies near the middle of two steps, where the order
+    of multiplications decides which way it is rounded."""
+    q = torch.randint(-126, 127, (rows, columns // 32, 32)).float()
+    noise = torch.empty_like(q).uniform_(-0.4, 0.4)
+    largest = torch.randint(32, (rows, columns // 32, 1))
+    q.scatter_(2, largest, 127.0)
+    noise.scatter_(2, largest, 0.0)
+    scale = torch.exp2(torch.empty(rows, columns // 32, 1).uniform_(-12, 6))
+    x = (q + noise) * scale
+    step = x.gather(2, largest) / 127
+    return x.view(rows, columns), (q * step).view(rows, columns)
+
+
+def times(
+    weight: PackedWeight, x: Tensor, y: Tensor | None = None, *, add: bool = False, n: int = 2
+) -> Tensor:
+    out = torch.empty(len(x), weight.shape[0]) if y is None else y
+    native.linear(weight.native, x, out, add, n)
+    return out
+
+
+def assert_product(y: Tensor, x: Tensor, weight: PackedWeight, extra: Tensor | float = 0.0) -> None:
+    """y equals x times the weight, to 1e-5 of what was added up."""
+    dense = weight.dense().double()
+    added = x.double().abs() @ dense.abs().t()
+    difference = (y.double() - (x.double() @ dense.t() + extra)).abs()
+    assert (difference <= 1e-5 * added + 1e-6).all(), (difference / added).max()
+
+
+def bits(x: Tensor) -> Tensor:
+    """Equal where every bit is, NaN included."""
+    return x.contiguous().view(torch.int32)
+
+
+# -- linear -------------------------------------------------------------------------------------------------
+
+
+@few
+@given(formats, st.integers(1, 70), st.integers(1, 6), st.sampled_from(ROWS), seeds)
+def test_linear_is_the_product_with_8_bit_activations(
+    name: str, n: int, blocks: int, rows: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    weight, (x, x8) = weight_of(name, n, 32 * blocks), activations(rows, 32 * blocks)
+    assert_product(times(weight, x), x8, weight)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_linear_is_near_the_dense_product(name: str, rows: int) -> None:
+    torch.manual_seed(rows)
+    weight, x = weight_of(name, 27, 320), torch.randn(rows, 320)
+    expected = x @ weight.dense().t()
+    # Steps of 1 / 127 of a block's largest number, about 2.5: an error of 0.006 each, 0.1 over 320 columns.
+    torch.testing.assert_close(times(weight, x), expected, rtol=0, atol=0.6)
+
+
+@few
+@given(formats, st.integers(1, 40), st.integers(1, 9), seeds)
+def test_linear_adds_its_bias(name: str, n: int, rows: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    weight, bias, (x, x8) = weight_of(name, n, 64), torch.randn(n), activations(rows, 64)
+    biased = native.Weight(FORMATS[name].code, n, 64, weight.data, bias)
+    y = torch.empty(rows, n)
+    native.linear(biased, x, y, False, 2)
+    assert_product(y, x8, weight, bias.double())
+
+
+@few
+@given(formats, st.integers(1, 40), st.integers(1, 9), seeds)
+def test_linear_adds_to_what_is_there(name: str, n: int, rows: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    weight, (x, x8), before = weight_of(name, n, 96), activations(rows, 96), torch.randn(rows, n)
+    assert_product(times(weight, x, before.clone(), add=True), x8, weight, before.double())
+
+
+@few
+@given(formats, st.integers(1, 30), st.sampled_from(ROWS), st.integers(0, 9), st.integers(0, 9), seeds)
+def test_strided_rows_give_the_same_bits_and_nothing_else_is_written(
+    name: str, n: int, rows: int, before: int, after: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    weight, (x, _) = weight_of(name, n, 64), activations(rows, 64)
+    wide_x, wide_y = (
+        torch.full((rows, before + 64 + after), torch.nan),
+        torch.full((rows, before + n + after), 7.0),
+    )
+    wide_x[:, before : before + 64] = x
+    times(weight, wide_x[:, before : before + 64], wide_y[:, before : before + n])
+    assert torch.equal(wide_y[:, before : before + n], times(weight, x))
+    assert (wide_y[:, :before] == 7).all() and (wide_y[:, before + n :] == 7).all()
+
+
+@few
+@given(formats, st.integers(1, 30), st.integers(1, 5), st.integers(0, 17), st.integers(0, 67), seeds)
+def test_unaligned_memory_gives_the_same_bits(
+    name: str, n: int, rows: int, floats: int, odd_bytes: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    weight, (x, _) = weight_of(name, n, 64), activations(rows, 64)
+    data = torch.empty(odd_bytes + weight.data.numel(), dtype=torch.uint8)[odd_bytes:]
+    data.copy_(weight.data.view(-1))
+    moved_x = torch.empty(floats + x.numel())[floats:].view(rows, 64).copy_(x)
+    moved_y = torch.empty(floats + rows * n)[floats:].view(rows, n)
+    native.linear(native.Weight(FORMATS[name].code, n, 64, data), moved_x, moved_y, False, 2)
+    assert torch.equal(moved_y, times(weight, x))
+    ids, unpacked = torch.arange(n), torch.empty(floats + n * 64)[floats:].view(n, 64)
+    native.unpack(native.Weight(FORMATS[name].code, n, 64, data), ids, unpacked, 2)
+    assert torch.equal(unpacked, weight.dense())
+
+
+@few
+@given(
+    formats,
+    st.integers(1, 40),
+    st.sampled_from(ROWS[1:]),
+    st.sampled_from([torch.nan, torch.inf, -torch.inf]),
+    seeds,
+)
+def test_what_is_not_finite_spreads_to_its_whole_row_and_no_other(
+    name: str, n: int, rows: int, value: float, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    weight, (x, _) = weight_of(name, n, 96), activations(rows, 96)
+    clean, row = times(weight, x), seed % rows
+    x[row, seed % 96] = value
+    y = times(weight, x)
+    assert not y[row].isfinite().any()
+    others = torch.arange(rows) != row
+    assert torch.equal(y[others], clean[others])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("value", [0.0, 1e-38, 1e-30, 1e-20, 1e20, 1e29])
+def test_rows_of_any_size_stay_finite(name: str, value: float) -> None:
+    weight, x = weight_of(name, 16, 64), torch.full((3, 64), value)
+    y = times(weight, x)
+    # Below 1e-30 a block counts as zero.
+    expected = x if value > 1e-30 else torch.zeros_like(x)
+    torch.testing.assert_close(y, expected @ weight.dense().t(), rtol=1e-4, atol=1e-5 * value + 1e-29)
+
+
+@few
+@given(formats, st.integers(1, 70), st.integers(1, 6), st.sampled_from(ROWS[1:]), seeds)
+def test_a_rows_product_is_the_same_bits_alone_in_a_batch_and_in_any_number_of_threads(
+    name: str, n: int, blocks: int, rows: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    weight, x = weight_of(name, n, 32 * blocks), torch.randn(rows, 32 * blocks)
+    once = times(weight, x, n=1)
+    for threads in (1, 2, 3, 4):
+        assert torch.equal(times(weight, x, n=threads), once)
+    for row in {0, rows // 2, rows - 1}:
+        assert torch.equal(times(weight, x[row : row + 1])[0], once[row])
+
+
+def test_a_large_product_is_the_same_bits_in_every_run() -> None:
+    torch.manual_seed(0)
+    weight, x = weight_of("Q4_1", 700, 512), torch.randn(70, 512)
+    first = times(weight, x)
+    assert all(torch.equal(times(weight, x, n=1 + run % 4), first) for run in range(8))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_instruction_set_computes_the_same_product(name: str, isa: str) -> None:
+    torch.manual_seed(1)
+    weight, (x, x8) = weight_of(name, 43, 160), activations(7, 160)
+    added = x8.abs() @ weight.dense().abs().t()
+    native.use_isa("portable")
+    expected = times(weight, x)
+    native.use_isa(isa)
+    assert ((times(weight, x) - expected).abs() <= 1e-6 * added).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_instruction_set_reaches_the_ends_of_its_integers(name: str, isa: str) -> None:
+    """Sums of the largest products there are: 8 or 16 bits of an intermediate result would overflow."""
+    format = FORMATS[name]
+    native.use_isa(isa)
+    for byte in (0x00, 0x7F, 0x80, 0x81, 0xFF):
+        rows = torch.full((9, 2, format.row_bytes), byte, dtype=torch.uint8).numpy()
+        rows[..., : 2 * format.halves] = torch.tensor([1.0] * format.halves).half().view(torch.uint8).numpy()
+        weight = PackedWeight.pack(name, rows.reshape(9, -1))
+        for x in (torch.full((5, 64), 127.0), torch.full((5, 64), -127.0)):
+            assert torch.equal(times(weight, x), x @ weight.dense().t())
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_unpack_equals_gguf_own_numbers_on_every_half(name: str, isa: str) -> None:
+    """Scales of every float16 there is: subnormal, infinite and NaN ones too."""
+    format = FORMATS[name]
+    halves = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(-1, 1).repeat(1, format.halves)
+    quants = torch.randint(0, 256, (2**16, format.quant_bytes), dtype=torch.uint8)
+    rows = torch.cat((halves.view(torch.uint8), quants), 1).numpy()
+    weight = PackedWeight.pack(name, rows)
+    native.use_isa(isa)
+    with np.errstate(all="ignore"):
+        expected = torch.from_numpy(gguf.quants.dequantize(rows, GGMLQuantizationType[name]))
+    actual = weight.dense()
+    assert torch.equal(actual.isnan(), expected.isnan())
+    assert torch.equal(actual.nan_to_num(), expected.nan_to_num())
+
+
+# -- row by row ---------------------------------------------------------------------------------------------
+
+
+def normed(x: Tensor, weight: Tensor, eps: float = 1e-5, threads: int = 2) -> Tensor:
+    out = torch.empty(x.shape)
+    native.rms_norm(x, weight, eps, out, threads)
+    return out
+
+
+def gated(x: Tensor, threads: int = 2) -> Tensor:
+    out = torch.empty(len(x), x.shape[1] // 2)
+    native.silu_mul(x, out, threads)
+    return out
+
+
+@few
+@given(
+    st.sampled_from([0, 1, 2, 7, 33]), st.integers(1, 100), st.floats(1e-6, 1e6), st.sampled_from(ISAS), seeds
+)
+def test_rms_norm_equals_reference(rows: int, width: int, size: float, isa: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    native.use_isa(isa)
+    x, weight = torch.randn(rows, width + 3)[:, 1 : width + 1] * size, torch.randn(width)
+    expected = REFERENCE.rms_norm(x.double(), weight.double(), 1e-5)
+    torch.testing.assert_close(normed(x, weight).double(), expected, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e30])
+def test_rms_norm_of_a_row_that_overflows_is_the_references(value: float) -> None:
+    x, weight = torch.ones(3, 19), torch.ones(19)
+    clean = normed(x, weight)
+    x[1, 5] = value
+    torch.testing.assert_close(normed(x, weight), REFERENCE.rms_norm(x, weight, 1e-5), equal_nan=True)
+    assert torch.equal(normed(x, weight)[[0, 2]], clean[[0, 2]])
+
+
+def test_rms_norm_of_zeros_is_zero() -> None:
+    assert torch.equal(normed(torch.zeros(2, 24), torch.ones(24)), torch.zeros(2, 24))
+
+
+@few
+@given(
+    st.sampled_from([0, 1, 2, 7, 33]), st.integers(1, 60), st.floats(0.01, 60), st.sampled_from(ISAS), seeds
+)
+def test_silu_mul_equals_reference(rows: int, width: int, size: float, isa: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    native.use_isa(isa)
+    x = torch.randn(rows, 2 * width + 5)[:, 2 : 2 * width + 2] * size
+    torch.testing.assert_close(gated(x).double(), REFERENCE.silu_mul(x.double()), rtol=2e-6, atol=1e-30)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("width", [1, 5, 8, 24])
+@pytest.mark.parametrize(
+    "gate", [torch.nan, torch.inf, -torch.inf, 1e30, -1e30, 88.8, -87.4, -104.0, 0.0, -0.0]
+)
+def test_silu_mul_of_extreme_gates_is_the_references(gate: float, width: int, isa: str) -> None:
+    native.use_isa(isa)
+    x = torch.cat((torch.full((2, width), gate), torch.full((2, width), 3.0)), 1)
+    expected = REFERENCE.silu_mul(x.double()).float()
+    torch.testing.assert_close(gated(x), expected, rtol=1e-5, atol=1e-35, equal_nan=True)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_exponential_is_right_over_its_whole_range(isa: str) -> None:
+    """As silu uses it: gate / (1 + e^-gate)."""
+    native.use_isa(isa)
+    gate = torch.linspace(-87.2, 88.6, 2**16)
+    out = gated(torch.cat((gate, torch.ones_like(gate)))[None])[0]
+    expected = (gate.double() / (1 + torch.exp(-gate.double()))).float()
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 4])
+def test_row_operators_give_the_same_bits_in_any_number_of_threads(threads: int) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(37, 90), torch.randn(90)
+    assert torch.equal(normed(x, weight, threads=threads), normed(x, weight, threads=1))
+    assert torch.equal(gated(x, threads), gated(x, 1))
+
+
+@pytest.mark.parametrize("offset", range(9))
+@pytest.mark.parametrize("num_bytes", [0, 1, 7, 8, 4096 + 24])
+def test_read_all_sums_the_words(offset: int, num_bytes: int) -> None:
+    data = torch.randint(0, 256, (offset + num_bytes,), dtype=torch.uint8)[offset:]
+    words = data[: num_bytes // 8 * 8].clone().view(torch.int64)
+    assert native.read_all(data, 2) == int(words.sum()) % 2**64
+
+
+# -- what is refused ----------------------------------------------------------------------------------------
+
+EIGHT = torch.zeros(1, 2, 8 * 34, dtype=torch.uint8)  # Q8_0 [8, 64]
+F = torch.empty
+
+
+def linear(x: Tensor, y: Tensor, threads: int = 1) -> None:
+    native.linear(native.Weight(0, 8, 64, EIGHT), x, y, False, threads)
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "format": (lambda: native.Weight(3, 8, 64, EIGHT), "format"),
+    "no rows": (lambda: native.Weight(0, 0, 64, EIGHT), "rows"),
+    "width": (lambda: native.Weight(0, 8, 63, EIGHT), "columns"),
+    "too little data": (lambda: native.Weight(0, 9, 64, EIGHT), "data: 544 bytes, expected 1088"),
+    "too much data": (lambda: native.Weight(1, 8, 64, EIGHT), "data: 544 bytes, expected 288"),
+    "bias": (lambda: native.Weight(0, 8, 64, EIGHT, F(7)), "bias"),
+    "x too wide": (lambda: linear(F(2, 96), F(2, 8)), "x: wrong width"),
+    "x strided": (lambda: linear(F(2, 128)[:, ::2], F(2, 8)), "x: the last dimension is strided"),
+    "y too wide": (lambda: linear(F(2, 64), F(2, 9)), "y: wrong shape"),
+    "y too short": (lambda: linear(F(2, 64), F(1, 8)), "y: wrong shape"),
+    "y strided": (lambda: linear(F(2, 64), F(2, 16)[:, ::2]), "y: the last dimension is strided"),
+    "no threads": (lambda: linear(F(2, 64), F(2, 8), 0), "threads"),
+    "row too high": (
+        lambda: native.unpack(native.Weight(0, 8, 64, EIGHT), torch.tensor([8]), F(1, 64), 1),
+        "rows",
+    ),
+    "row below 0": (
+        lambda: native.unpack(native.Weight(0, 8, 64, EIGHT), torch.tensor([-1]), F(1, 64), 1),
+        "rows",
+    ),
+    "unpack out": (
+        lambda: native.unpack(native.Weight(0, 8, 64, EIGHT), torch.tensor([1]), F(1, 32), 1),
+        "out",
+    ),
+    "norm width": (lambda: native.rms_norm(F(2, 8), F(9), 0.0, F(2, 8), 1), "rms_norm"),
+    "norm out": (lambda: native.rms_norm(F(2, 8), F(8), 0.0, F(3, 8), 1), "rms_norm"),
+    "norm strided": (lambda: native.rms_norm(F(2, 16)[:, ::2], F(8), 0.0, F(2, 8), 1), "x: "),
+    "silu width": (lambda: native.silu_mul(F(2, 8), F(2, 5), 1), "silu_mul"),
+    "silu out strided": (lambda: native.silu_mul(F(2, 8), F(2, 8)[:, :4], 1), "silu_mul"),
+    "silu strided": (lambda: native.silu_mul(F(2, 16)[:, ::2], F(2, 4), 1), "gate_up: "),
+    "isa": (lambda: native.use_isa("Z80"), "Z80"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_arguments_are_refused_by_name(case: str) -> None:
+    call, words = REFUSED[case]
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+def test_results_are_never_written_to_a_converted_copy() -> None:
+    with pytest.raises(TypeError, match="out: ndarray"):
+        native.silu_mul(F(2, 8), F(2, 4, dtype=torch.float64), 1)
