@@ -59,11 +59,12 @@ struct Kernels {
     void (*rope_append)(Work& work, float* qkv, int rows, const AttentionShape& shape, const float* q_norm,
                         const float* k_norm, float eps, const float* cos, const float* sin,
                         const int64_t* slots, const KVLayer& kv);
-    void (*store_kv)(Work& work, const float* k, ptrdiff_t k_stride, const float* v, ptrdiff_t v_stride,
-                     int rows, int kv_heads, int head_dim, const int64_t* slots, const KVLayer& kv);
     void (*attention)(Work& work, const float* q, const AttentionShape& shape, const Span* spans,
                       const AttentionTask* tasks, int num_tasks, float* partials, const KVLayer& kv,
                       float* out);
+    // The k largest of each row in descending order (of equal ones the first), and log(sum(exp(row))).
+    void (*top)(Work& work, const float* x, ptrdiff_t stride, int rows, int width, int k, float* values,
+                int64_t* ids, float* norms);
     void (*sum)(Work& work, const uint64_t* data, size_t count, uint64_t* out);  // one figure per thread
 };
 

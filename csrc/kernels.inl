@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
+#include <vector>
 
 #include "dots.h"
 #include "kernels.h"
@@ -295,17 +297,6 @@ void rope_append(Work& work, float* qkv, int rows, const AttentionShape& s, cons
     });
 }
 
-void store_kv(Work& work, const float* k, ptrdiff_t k_stride, const float* v, ptrdiff_t v_stride, int rows,
-              int kv_heads, int head_dim, const int64_t* slots, const KVLayer& kv) {
-    work.each(rows, [&](int t) {
-        for (int h = 0; h < kv_heads; ++h) {
-            const size_t index = static_cast<size_t>(slots[t]) * kv_heads + h;
-            store_head(k + t * k_stride + h * head_dim, head_dim, index, kv.keys, kv.key_scales);
-            store_head(v + t * v_stride + h * head_dim, head_dim, index, kv.values, kv.value_scales);
-        }
-    });
-}
-
 // -- attention ------------------------------------------------------------------------------------------------
 
 constexpr int KEYS = 64;          // keys at a time: 16 KiB each of keys and values at D = 64
@@ -505,6 +496,65 @@ void attention(Work& work, const float* q, const AttentionShape& s, const Span* 
     });
 }
 
+// -- the largest logits -----------------------------------------------------------------------------------------
+
+// Floats in the order of unsigned integers; NaN above all, as torch has it.
+inline uint32_t ordered(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+float log_sum_exp(const float* x, int width) {
+    f32x8 top = splat(-__builtin_inff());
+    int i = 0;
+    for (; i + 8 <= width; i += 8) top = max_or_nan(top, load(x + i));
+    float most = max_or_nan(top);
+    for (int j = i; j < width; ++j) most = x[j] > most || x[j] != x[j] ? x[j] : most;
+    if (!(most - most == 0.0f)) return most;  // infinite or NaN
+    f32x8 sums_v = splat(0.0f);
+    for (int j = 0; j < i; j += 8) sums_v += exp(load(x + j) - splat(most));
+    float total = sum(sums_v);
+    for (; i < width; ++i) total += exp(splat(x[i] - most))[0];
+    return most + std::log(total);
+}
+
+void top_row(const float* x, int width, int k, float* values, int64_t* ids) {
+    constexpr int SHIFT = 20, BUCKETS = 1 << (32 - SHIFT);  // sign, exponent and three bits of the mantissa
+    uint32_t counts[BUCKETS] = {};
+    for (int i = 0; i < width; ++i) ++counts[ordered(x[i]) >> SHIFT];
+    int bucket = BUCKETS - 1;
+    for (uint32_t found = counts[bucket]; found < static_cast<uint32_t>(k); found += counts[bucket]) --bucket;
+    // All of this bucket and above: not many more than k.
+    thread_local std::vector<std::pair<uint32_t, int>> candidates;
+    candidates.clear();
+    const uint32_t least = static_cast<uint32_t>(bucket) << SHIFT;
+    for (int i = 0; i < width; ++i) {
+        const uint32_t key = ordered(x[i]);
+        if (key >= least) candidates.emplace_back(key, i);
+    }
+    const auto larger = [](const auto& a, const auto& b) {
+        return a.first != b.first ? a.first > b.first : a.second < b.second;
+    };
+    if (static_cast<int>(candidates.size()) > k) {
+        std::nth_element(candidates.begin(), candidates.begin() + k, candidates.end(), larger);
+    }
+    std::sort(candidates.begin(), candidates.begin() + k, larger);
+    for (int i = 0; i < k; ++i) {
+        ids[i] = candidates[i].second;
+        values[i] = x[candidates[i].second];
+    }
+}
+
+void top(Work& work, const float* x, ptrdiff_t stride, int rows, int width, int k, float* values, int64_t* ids,
+         float* norms) {
+    work.each(rows, [&](int t) {
+        const size_t at = static_cast<size_t>(t) * k;
+        top_row(x + t * stride, width, k, values + at, ids + at);
+        norms[t] = log_sum_exp(x + t * stride, width);
+    });
+}
+
 void sum_words(Work& work, const uint64_t* data, size_t count, uint64_t* out) {
     typedef uint64_t u64x4 __attribute__((vector_size(32), aligned(8), may_alias));
     constexpr int CHUNKS = 256;
@@ -527,7 +577,7 @@ void sum_words(Work& work, const uint64_t* data, size_t count, uint64_t* out) {
 extern const Kernels kernels;
 const Kernels kernels = {
     TOKENLOOM_ISA_NAME, quantize,    linear,   unpack,    rms_norm,
-    silu_mul,           rope_append, store_kv, attention, sum_words,
+    silu_mul,           rope_append, attention, top, sum_words,
 };
 
 }  // namespace TOKENLOOM_ISA

@@ -309,23 +309,21 @@ void attention(Heads q, const KV& kv, int layer, Table table, Vector<int32_t> bl
     });
 }
 
-void store_kv(Heads k, Heads v, Vector<int64_t> slots, const KV& kv, int layer, int threads) {
-    const int rows = static_cast<int>(k.shape(0)), heads = kv.heads, head_dim = kv.head_dim;
-    if (static_cast<int>(k.shape(1)) != heads || static_cast<int>(k.shape(2)) != head_dim ||
-        v.shape(0) != k.shape(0) || v.shape(1) != k.shape(1) || v.shape(2) != k.shape(2)) {
-        bad("k, v: wrong shape");
+void top(Rows x, nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu> values,
+         nb::ndarray<int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu> ids,
+         nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu> norms, int threads) {
+    check_rows(x, "x");
+    const int rows = static_cast<int>(x.shape(0)), k = static_cast<int>(values.shape(1));
+    if (k < 1 || values.shape(1) > x.shape(1)) bad("values: as many columns as wanted, at most x's, expected");
+    if (static_cast<int>(values.shape(0)) != rows || static_cast<int>(ids.shape(0)) != rows ||
+        ids.shape(1) != values.shape(1) || static_cast<int>(norms.shape(0)) != rows) {
+        bad("values, ids, norms: wrong shape");
     }
-    if (rows == 0) return;
-    if (k.stride(1) != head_dim || k.stride(2) != 1 || v.stride(1) != head_dim || v.stride(2) != 1) {
-        bad("k, v: heads of a row must be contiguous");
-    }
-    const KVLayer& cache = kv.layer(layer);
-    check_slots(slots, rows, kv.num_slots);
     nb::gil_scoped_release release;
     run_team(threads, [&](Team& team) {
         Work work(team, threads);
-        isa().store_kv(work, k.data(), k.stride(0), v.data(), v.stride(0), rows, heads, head_dim, slots.data(),
-                       cache);
+        isa().top(work, x.data(), x.stride(0), rows, static_cast<int>(x.shape(1)), k, values.data(), ids.data(),
+                  norms.data());
     });
 }
 
@@ -388,7 +386,7 @@ NB_MODULE(_native, m) {
     m.def("silu_mul", &silu_mul, "gate_up"_a, "out"_a.noconvert(), "threads"_a);
     m.def("attention", &attention, "q"_a, "kv"_a, "layer"_a, "spans"_a, "blocks"_a, "block_size"_a, "window"_a,
           "out"_a.noconvert(), "threads"_a);
-    m.def("store_kv", &store_kv, "k"_a, "v"_a, "slots"_a, "kv"_a, "layer"_a, "threads"_a);
+    m.def("top", &top, "x"_a, "values"_a.noconvert(), "ids"_a.noconvert(), "norms"_a.noconvert(), "threads"_a);
     m.def("read_all", &read_all, "data"_a, "threads"_a, "Reads every byte once: the memory's speed.");
     m.def("isas", &isas, "Instruction sets of this build that this machine runs, best first.");
     m.def("use_isa", &use_isa, "name"_a, "Compute with this one from now on.");

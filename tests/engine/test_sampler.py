@@ -11,8 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenloom.engine.sampler import sample, token_logprobs, uniform
+from tokenloom.engine import sampler
+from tokenloom.engine.sampler import token_logprobs, uniform
 from tokenloom.engine.sampling_params import SamplingParams
+from tokenloom.kernels import get_kernels
+
+
+def sample(rows: torch.Tensor, sequences: list[Any], end_tokens: tuple[int, ...]) -> tuple[list[int], Any]:
+    return sampler.sample(rows, sequences, end_tokens, get_kernels())
 
 
 def sequence(

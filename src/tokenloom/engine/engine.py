@@ -208,7 +208,9 @@ class Engine:
             logits = self.decoder.logits(hidden[batch.logits_rows]) if len(batch.logits_rows) else hidden
         with self.timer("sample"):
             sampling, logits = self._fork(ready, logits)
-            tokens, logprobs = sample(logits, sampling, self.end_tokens) if sampling else ([], [])
+            tokens, logprobs = (
+                sample(logits, sampling, self.end_tokens, self.decoder.kernels) if sampling else ([], [])
+            )
         self.coserver.after(train_rows, (time.monotonic() - start) * 1e3)
         with self.timer("publish"):
             return self._publish(ready, sampling, tokens, logprobs)

@@ -11,19 +11,21 @@ from torch import Tensor
 from tokenloom.engine.outputs import TokenLogprob
 from tokenloom.engine.request import Sequence
 from tokenloom.engine.sampling_params import SamplingParams
+from tokenloom.kernels import Kernels
 
 # How many candidates top-p looks at before it falls back to sorting the whole vocabulary.
 _TOP_P_CANDIDATES = 1024
 
 
 def sample(
-    logits: Tensor, sequences: list[Sequence], end_tokens: tuple[int, ...]
+    logits: Tensor, sequences: list[Sequence], end_tokens: tuple[int, ...], kernels: Kernels
 ) -> tuple[list[int], list[TokenLogprob | None]]:
     """Choose the next token of each sequence.
 
     Args:
         logits: `[M, V]`, row i for `sequences[i]`.
         end_tokens: ids that `min_tokens` holds back, besides each request's own stop ids.
+        kernels: the backend that finds the most likely tokens.
 
     Returns:
         M token ids, and for each its log-probability if the request asked for it.
@@ -38,7 +40,7 @@ def sample(
     tokens = _argmax(logits)
     drawn = [i for i, s in enumerate(sequences) if not s.request.params.greedy]
     if drawn:
-        for i, token in zip(drawn, _draw(logits, sequences, drawn), strict=True):
+        for i, token in zip(drawn, _draw(logits, sequences, drawn, kernels), strict=True):
             tokens[i] = token
     logprobs: list[TokenLogprob | None] = [None] * len(sequences)
     if wanting:
@@ -95,7 +97,7 @@ def _edit(row: Tensor, sequence: Sequence, end_tokens: tuple[int, ...]) -> None:
             row[torch.tensor(sorted(banned), device=row.device)] = -torch.inf
 
 
-def _draw(logits: Tensor, sequences: list[Sequence], rows: list[int]) -> list[int]:
+def _draw(logits: Tensor, sequences: list[Sequence], rows: list[int], kernels: Kernels) -> list[int]:
     """Sample each of `rows` from its own distribution with its own random number."""
     groups: dict[int, list[int]] = defaultdict(list)  # by number of candidates, 0 for all
     for i in rows:
@@ -106,7 +108,7 @@ def _draw(logits: Tensor, sequences: list[Sequence], rows: list[int]) -> list[in
         scaled = logits[members].float()
         scaled /= torch.tensor([p.temperature for p in params], device=logits.device)[:, None]
         u = [uniform(s.request.seed, s.index, s.num_output) for s in (sequences[i] for i in members)]
-        picks = _draw_group(scaled, params, torch.tensor(u, dtype=torch.float64), candidates)
+        picks = _draw_group(scaled, params, torch.tensor(u, dtype=torch.float64), candidates, kernels)
         tokens.update(zip(members, picks, strict=True))
     return [tokens[i] for i in rows]
 
@@ -117,14 +119,16 @@ def _num_candidates(params: SamplingParams, vocab_size: int) -> int:
     return min(_TOP_P_CANDIDATES, vocab_size) if params.top_p < 1.0 else 0
 
 
-def _draw_group(logits: Tensor, params: list[SamplingParams], u: Tensor, candidates: int) -> list[int]:
+def _draw_group(
+    logits: Tensor, params: list[SamplingParams], u: Tensor, candidates: int, kernels: Kernels
+) -> list[int]:
     """Draw from rows that look at the same number of candidates; logits are already tempered."""
     u = u.to(logits.device)[:, None]
     if candidates == 0:
         return _invert(_min_p(logits.softmax(-1), params), u).tolist()
-    values, ids = logits.topk(candidates, dim=-1)
+    values, ids, norms = kernels.top(logits, candidates)
     within_k = torch.tensor([0 < p.top_k <= candidates for p in params], device=logits.device)
-    norms = torch.where(within_k, values.logsumexp(-1), logits.logsumexp(-1))
+    norms = torch.where(within_k, values.logsumexp(-1), norms)
     probs = (values - norms[:, None]).exp()
     before = probs.cumsum(-1, dtype=torch.float64) - probs  # mass of the more likely tokens
     top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=logits.device)
@@ -133,7 +137,7 @@ def _draw_group(logits: Tensor, params: list[SamplingParams], u: Tensor, candida
     # Where the candidates' mass falls short of top_p, the rest of the vocabulary is needed after all.
     short = ((before[:, -1] + probs[:, -1]) < top_p) & ~within_k & (top_p < 1.0)
     for i in short.nonzero()[:, 0].tolist() if candidates < logits.shape[-1] else ():
-        picks[i] = _draw_group(logits[i : i + 1], [params[i]], u[i], logits.shape[-1])[0]
+        picks[i] = _draw_group(logits[i : i + 1], [params[i]], u[i], logits.shape[-1], kernels)[0]
     return picks
 
 

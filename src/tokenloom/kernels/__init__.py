@@ -41,7 +41,8 @@ def get_kernels(name: str = "auto", device: torch.device | str = "cpu") -> Kerne
         RuntimeError: the native kernels were not built.
     """
     if name == "auto":
-        name = "cpu" if torch.device(device).type == "cpu" and native is not None else "torch"
+        fast = native is not None and native.isas()[0] != "portable"
+        name = "cpu" if torch.device(device).type == "cpu" and fast else "torch"
     if name == "cpu":
         if native is None:
             raise RuntimeError("the native CPU kernels were not built: no C++ compiler was found by pip")

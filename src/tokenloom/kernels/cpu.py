@@ -40,6 +40,13 @@ class CpuKernels(TorchKernels):
         native.linear(weight.native, rows, y, False, torch.get_num_threads())
         return y if bias is None else y.add_(bias)
 
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if x.dtype != torch.float32 or x.dim() != 2 or x.stride(-1) != 1:
+            return super().rms_norm(x, weight, eps)
+        out = torch.empty(x.shape)
+        native.rms_norm(x, weight, eps, out, torch.get_num_threads())
+        return out
+
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         if gate_up.dtype != torch.float32:
             return super().silu_mul(gate_up)
@@ -58,6 +65,14 @@ class CpuKernels(TorchKernels):
         table, blocks = self._span_table(spans)
         native.attention(q, native_cache(kv), layer, table, blocks, kv.block_size, window or 0, out, threads)
         return out
+
+    def top(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        if logits.dtype != torch.float32 or logits.stride(-1) != 1:
+            return super().top(logits, k)
+        values, norms = torch.empty(len(logits), k), torch.empty(len(logits))
+        ids = torch.empty(len(logits), k, dtype=torch.int64)
+        native.top(logits, values, ids, norms, torch.get_num_threads())
+        return values, ids, norms
 
     def fuse(self, shape: ModelShape, layers: Sequence[LayerWeights]) -> FusedLayers | None:
         packed = all(

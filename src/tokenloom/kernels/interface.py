@@ -136,6 +136,10 @@ class Kernels(Protocol):
         `[T, Hq, D]`.
         """
 
+    def top(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The k largest of each row of logits `[R, V]` in descending order, their ids, both `[R, k]`, and the
+        logarithm of the sum of each row's exponentials, `[R]`."""
+
     def fuse(self, shape: ModelShape, layers: Sequence[LayerWeights]) -> FusedLayers | None:
         """All layers in one call, where the backend has that for these weights; it does what the operators
         do one after another."""

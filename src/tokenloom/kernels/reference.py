@@ -71,6 +71,10 @@ class ReferenceKernels:
                 out[span.start + i] = torch.matmul(weights, v).reshape(num_heads, head_dim)
         return out
 
+    def top(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        values, ids = logits.topk(k, dim=-1)
+        return values, ids, logits.logsumexp(-1)
+
     def fuse(self, shape: ModelShape, layers: Sequence[LayerWeights]) -> None:
         return None
 

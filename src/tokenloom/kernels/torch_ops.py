@@ -90,6 +90,10 @@ class TorchKernels:
             out[rows] = attended.transpose(0, 1)
         return out
 
+    def top(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        values, ids = logits.topk(k, dim=-1)
+        return values, ids, logits.logsumexp(-1)
+
     def fuse(self, shape: ModelShape, layers: Sequence[LayerWeights]) -> FusedLayers | None:
         return None
 
