@@ -24,7 +24,6 @@ class Vllm:
         self.llm = vllm.LLM(
             f"{job['models']}/hf",
             dtype="float32",
-            max_model_len=job["context"],
             max_num_seqs=16,
             enable_prefix_caching=False,
             disable_log_stats=True,
