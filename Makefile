@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+# pip compiles these, where it finds a C++ compiler.
+NATIVE := CMakeLists.txt $(wildcard csrc/*)
 
 .PHONY: serve test check install dev clean
 serve: install
@@ -27,11 +29,11 @@ $(BIN)/python:
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 # pip alone, with torch's range from pyproject.toml: where an index offers a CPU build, it is the one used.
-$(VENV)/.installed: pyproject.toml | $(BIN)/python
+$(VENV)/.installed: pyproject.toml $(NATIVE) | $(BIN)/python
 	$(BIN)/python -m pip install --editable .
 	@touch $@
 
-$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
+$(VENV)/.installed-dev: pyproject.toml $(NATIVE) | $(BIN)/python
 	$(BIN)/python -m pip install --editable '.[dev]'
 	@touch $@ $(VENV)/.installed
 

@@ -44,7 +44,7 @@ def main() -> None:
     args = parser.parse_args()
     from transformers import AutoModelForCausalLM  # not at the top: the idle process must not load it
 
-    llm = LLM(DEFAULT_MODEL, model__dtype="float32", cache__prefix_caching=False)
+    llm = LLM(DEFAULT_MODEL, model__dtype="float32", model__quantize="none", cache__prefix_caching=False)
     path = resolve(DEFAULT_MODEL)
     peer = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
     prompts = Prompts(llm.engine.config.vocab_size)
@@ -143,7 +143,7 @@ def idle_memory() -> dict[str, float]:
 
 
 def print_idle_memory() -> None:
-    llm = LLM(DEFAULT_MODEL, model__dtype="float32")
+    llm = LLM(DEFAULT_MODEL, model__dtype="float32", model__quantize="none")
     engine = llm.engine
     engine.add(Request("warm", [1, 2, 3], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)))
     while engine.has_work:

@@ -30,7 +30,12 @@ out, err = Console(), Console(stderr=True)
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Catalog name, folder or .gguf file.")]
 Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
-Backend = Annotated[str | None, typer.Option(help="auto, torch or reference (same tokens in any batch).")]
+Quantize = Annotated[
+    str | None, typer.Option(help="Weights in memory: auto (as stored), none (in dtype), q8 or q4.")
+]
+Backend = Annotated[
+    str | None, typer.Option(help="auto, cpu (native), torch or reference (same tokens in any batch).")
+]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; 0 takes torch's own choice.")]
 Config = Annotated[Path | None, typer.Option("--config", "-c", help="A TOML file of settings.")]
 Set = Annotated[
@@ -72,6 +77,7 @@ def serve(
     max_batch_tokens: Annotated[int | None, typer.Option(help="Rows of one iteration.")] = None,
     dtype: Dtype = None,
     device: Device = None,
+    quantize: Quantize = None,
     backend: Backend = None,
     threads: Threads = None,
     config: Config = None,
@@ -85,7 +91,7 @@ def serve(
         "server.admin_keys": admin_key or None,
         "model.max_model_len": max_model_len,
         "scheduler.max_batch_tokens": max_batch_tokens,
-        **_model_flags(model, dtype, device, backend, threads),
+        **_model_flags(model, dtype, device, quantize, backend, threads),
     }
     settings = _settings(flags, config, set_)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -127,6 +133,7 @@ def chat(
     adapter: AdapterFolder = None,
     dtype: Dtype = None,
     device: Device = None,
+    quantize: Quantize = None,
     backend: Backend = None,
     threads: Threads = None,
     config: Config = None,
@@ -135,7 +142,7 @@ def chat(
     """Chat with a model in the terminal. /reset forgets the conversation, /exit leaves."""
     from tokenloom.engine.sampling_params import SamplingParams
 
-    llm = _llm(_model_flags(model, dtype, device, backend, threads), config, set_)
+    llm = _llm(_model_flags(model, dtype, device, quantize, backend, threads), config, set_)
     name = _load_adapter(llm, adapter)
     params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed)
     start = [{"role": "system", "content": system}] if system else []
@@ -182,6 +189,7 @@ def generate(
     adapter: AdapterFolder = None,
     dtype: Dtype = None,
     device: Device = None,
+    quantize: Quantize = None,
     backend: Backend = None,
     threads: Threads = None,
     config: Config = None,
@@ -191,7 +199,7 @@ def generate(
     from tokenloom.engine.sampling_params import SamplingParams
 
     text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
-    llm = _llm(_model_flags(model, dtype, device, backend, threads), config, set_)
+    llm = _llm(_model_flags(model, dtype, device, quantize, backend, threads), config, set_)
     name = _load_adapter(llm, adapter)
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed, n=n)
     if n == 1 and not json_:
@@ -227,6 +235,7 @@ def finetune(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object per step.")] = False,
     dtype: Dtype = None,
     device: Device = None,
+    quantize: Quantize = None,
     backend: Backend = None,
     threads: Threads = None,
     config: Config = None,
@@ -251,7 +260,7 @@ def finetune(
         name = train_on_server(server, api_key, model, data, validation, suffix, seed, options, display)
         print(json.dumps({"fine_tuned_model": name}) if json_ else f"{name} is ready: name it as the model")
         return
-    settings = _settings(_model_flags(model, dtype, device, backend, threads), config, set_)
+    settings = _settings(_model_flags(model, dtype, device, quantize, backend, threads), config, set_)
     _fetch(settings.model.name)
     folder = train_standalone(settings, data, output, validation, seed, options, display)
     use = shlex.join(["tokenloom", "chat", "--adapter", str(folder), "--model", settings.model.name])
@@ -302,6 +311,7 @@ def bench(
     json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     dtype: Dtype = None,
     device: Device = None,
+    quantize: Quantize = None,
     backend: Backend = None,
     threads: Threads = None,
     config: Config = None,
@@ -310,7 +320,7 @@ def bench(
     """Measure prefill, decode and concurrent streams on this machine."""
     from tokenloom.bench.throughput import measure, report
 
-    llm = _llm(_model_flags(model, dtype, device, backend, threads), config, set_)
+    llm = _llm(_model_flags(model, dtype, device, quantize, backend, threads), config, set_)
     results = measure(llm, prompt_tokens, new_tokens, streams or [1, 4, 16], repeats, profile)
     if json_:
         print(json.dumps(results, indent=2))
@@ -319,12 +329,18 @@ def bench(
 
 
 def _model_flags(
-    model: str | None, dtype: str | None, device: str | None, backend: str | None, threads: int | None
+    model: str | None,
+    dtype: str | None,
+    device: str | None,
+    quantize: str | None,
+    backend: str | None,
+    threads: int | None,
 ) -> dict[str, Any]:
     return {
         "model.name": model,
         "model.dtype": dtype,
         "model.device": device,
+        "model.quantize": quantize,
         "model.backend": backend,
         "model.threads": threads,
     }

@@ -15,6 +15,7 @@ from tokenloom.bench.profile import PhaseProfile
 from tokenloom.engine.engine import Engine
 from tokenloom.engine.request import Request
 from tokenloom.engine.sampling_params import SamplingParams
+from tokenloom.kernels import describe
 from tokenloom.llm import LLM
 
 # Phases of a step that are not arithmetic on weights.
@@ -44,7 +45,8 @@ def measure(
         "model": engine.name,
         "dtype": str(engine.dtype).removeprefix("torch."),
         "device": str(engine.device),
-        "backend": engine.decoder.kernels.name,
+        "backend": describe(engine.decoder.kernels),
+        "weights_mb": engine.decoder.num_bytes / 1e6,
         "threads": torch.get_num_threads(),
         "machine": f"{platform.machine()}, {platform.processor() or platform.system()}",
         "prefill": {"tokens": prompt_tokens, "ms": prefill * 1e3, "tokens_per_s": prompt_tokens / prefill},
@@ -121,7 +123,7 @@ def report(results: dict[str, Any], console: Console) -> None:
     """Print what `measure` returned as tables."""
     console.print(
         f"{results['model']}  {results['dtype']}  {results['device']}  backend {results['backend']}  "
-        f"{results['threads']} threads  {results['machine']}",
+        f"{results['threads']} threads  {results['machine']}  weights {results['weights_mb']:.0f} MB",
         highlight=False,
     )
     prefill = results["prefill"]

@@ -26,6 +26,7 @@ __all__ = [
     "PackedWeight",
     "Weight",
     "dense",
+    "describe",
     "get_kernels",
     "mask_ahead",
     "native",
@@ -50,3 +51,14 @@ def get_kernels(name: str = "auto", device: torch.device | str = "cpu") -> Kerne
 
         return CpuKernels()
     return ReferenceKernels() if name == "reference" else TorchKernels()
+
+
+def describe(kernels: Kernels) -> str:
+    """One line for people: what computes, and why not the native kernels where they could have been meant."""
+    if kernels.name == "cpu":
+        return f"cpu (native kernels: {native.isas()[0]}, threads of {native.pool()})"
+    if native is None:
+        return f"{kernels.name} (native CPU kernels were not built: pip found no C++ compiler)"
+    if native.isas()[0] == "portable":
+        return f"{kernels.name} (the native CPU kernels know no instruction set of this machine)"
+    return kernels.name
