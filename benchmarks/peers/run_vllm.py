@@ -15,8 +15,10 @@ class Vllm:
     def __init__(self, job: Job) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{job['threads'] - 1}"
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # as the other peers
+        os.environ["OMP_NUM_THREADS"] = str(job["threads"])
         os.environ["VLLM_NO_USAGE_STATS"] = os.environ["HF_HUB_OFFLINE"] = "1"
+        os.environ["VLLM_USE_AOT_COMPILE"] = "0"  # its cache does not load again; inductor's own does
         os.environ["VLLM_CACHE_ROOT"] = f"{job['models']}/vllm_cache"
         import vllm
 
