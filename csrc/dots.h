@@ -154,7 +154,9 @@ static inline void dots_q8(const uint8_t* w, const int8_t* a, ptrdiff_t stride, 
 static inline f32x8 load_half(const uint16_t* p) {
     f32x8 out;
     for (int i = 0; i < 8; ++i) {
-        const uint32_t h = p[i], sign = (h & 0x8000u) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023;
+        uint16_t half;
+        memcpy(&half, p + i, 2);  // weights may begin at any byte
+        const uint32_t h = half, sign = (h & 0x8000u) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023;
         uint32_t bits;
         float value;
         if (exponent == 0) {

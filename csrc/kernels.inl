@@ -556,7 +556,8 @@ void top(Work& work, const float* x, ptrdiff_t stride, int rows, int width, int 
 }
 
 void sum_words(Work& work, const uint64_t* data, size_t count, uint64_t* out) {
-    typedef uint64_t u64x4 __attribute__((vector_size(32), aligned(8), may_alias));
+    // Bytes of a tensor may begin anywhere.
+    typedef uint64_t u64x4 __attribute__((vector_size(32), aligned(1), may_alias));
     constexpr int CHUNKS = 256;
     work.each(CHUNKS, [&](int piece) {
         const size_t begin = count * piece / CHUNKS, end = count * (piece + 1) / CHUNKS;
@@ -566,7 +567,11 @@ void sum_words(Work& work, const uint64_t* data, size_t count, uint64_t* out) {
             for (int j = 0; j < 4; ++j) total[j] += *reinterpret_cast<const u64x4*>(data + i + 4 * j);
         }
         uint64_t rest = 0;
-        for (; i < end; ++i) rest += data[i];
+        for (; i < end; ++i) {
+            uint64_t word;
+            memcpy(&word, data + i, 8);
+            rest += word;
+        }
         for (int j = 0; j < 4; ++j) rest += total[j][0] + total[j][1] + total[j][2] + total[j][3];
         out[piece] = rest;
     });

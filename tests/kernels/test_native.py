@@ -125,11 +125,20 @@ def test_strided_rows_give_the_same_bits_and_nothing_else_is_written(
 
 
 @few
-@given(formats, st.integers(1, 30), st.integers(1, 5), st.integers(0, 17), st.integers(0, 67), seeds)
+@given(
+    formats,
+    st.integers(1, 30),
+    st.integers(1, 5),
+    st.integers(0, 17),
+    st.integers(0, 67),
+    st.sampled_from(ISAS),
+    seeds,
+)
 def test_unaligned_memory_gives_the_same_bits(
-    name: str, n: int, rows: int, floats: int, odd_bytes: int, seed: int
+    name: str, n: int, rows: int, floats: int, odd_bytes: int, isa: str, seed: int
 ) -> None:
     torch.manual_seed(seed)
+    native.use_isa(isa)
     weight, (x, _) = weight_of(name, n, 64), activations(rows, 64)
     data = torch.empty(odd_bytes + weight.data.numel(), dtype=torch.uint8)[odd_bytes:]
     data.copy_(weight.data.view(-1))
