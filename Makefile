@@ -1,6 +1,7 @@
 # make serve   set everything up, fetch the default model and serve it on 127.0.0.1:8000
 # make test    set everything up and run the tests
 # make check   lint and types
+# make sanitize  the native kernels' tests on an extension built with ASan and UBSan (GCC)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +9,7 @@ ARGS ?=
 # pip compiles these, where it finds a C++ compiler.
 NATIVE := CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: serve test check install dev clean
+.PHONY: serve test check sanitize install dev clean
 serve: install
 	$(BIN)/tokenloom serve $(ARGS)
 
@@ -20,6 +21,19 @@ check: dev
 	$(BIN)/ruff check src tests benchmarks examples
 	$(BIN)/ruff format --check src tests benchmarks examples
 	$(BIN)/mypy
+
+# The sanitizers' runtimes must be the first libraries of the process, and C++'s own with them, whose exceptions
+# they watch. tests/sanitized.py loads the extension in place of the installed one. Python itself leaks: that is
+# not looked at.
+SANITIZERS = $(foreach name,libasan.so libubsan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$(name)))
+sanitize: dev
+	$(BIN)/python -m pip install --quiet cmake ninja nanobind
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DTOKENLOOM_SANITIZE=ON -DCMAKE_CXX_COMPILER="$(CXX)" \
+		-DCMAKE_MAKE_PROGRAM="$(abspath $(BIN)/ninja)" -DPython_EXECUTABLE="$(abspath $(BIN)/python)" \
+		-Dnanobind_ROOT="$$($(BIN)/python -m nanobind --cmake_dir)"
+	$(BIN)/cmake --build build/sanitize
+	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+		PYTHONPATH=tests $(BIN)/python -m pytest --capture=sys -p sanitized tests/kernels tests/models/test_fused.py $(ARGS)
 
 install: $(VENV)/.installed
 dev: $(VENV)/.installed-dev
