@@ -258,7 +258,7 @@ def test_co_served_with_traffic(rig: Rig, undisturbed: Tensor, mode: str) -> Non
 def test_training_yields_its_memory_first(rig: Rig, undisturbed: Tensor) -> None:
     """A pool that cannot hold both: requests are never preempted for training, and both end."""
     block_bytes = 4 * 3 * 2 * 2 * 16 * 8
-    engine, adapter = rig.engine(cache__kv_bytes=110 * block_bytes, ft__mem_frac=0.9), rig.adapter()
+    engine, adapter = rig.engine(cache__kv_bytes=64 * block_bytes, ft__mem_frac=0.9), rig.adapter()
     engine.coserver.latency = fast_latency()
     listener = Listener()
     engine.coserver.add(trainer(engine, adapter, listener))
