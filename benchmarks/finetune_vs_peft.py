@@ -19,6 +19,7 @@ import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 MODEL = "smollm2-135m-instruct"
 SIDES = ("tokenloom", "peft")
@@ -117,13 +118,32 @@ def measure(side: str, length: int, steps: int, retain: str) -> dict[str, object
     return result
 
 
+def plot(rows: list[dict[str, Any]], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4))
+    pictures = (("tokens_per_s", "tokens/s"), ("mb_above_weights", "peak MB above the weights"))
+    for axis, (key, title) in zip(axes, pictures, strict=True):
+        for offset, side in zip((-0.2, 0.2), SIDES, strict=True):
+            places = [i + offset for i in range(len(rows))]
+            axis.bar(places, [row[f"{side}_{key}"] for row in rows], 0.4, label=side)
+        axis.set(title=title, xlabel="tokens of a sequence")
+        axis.set_xticks(range(len(rows)), [str(row["tokens"]) for row in rows])
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--lengths", default="512,1024,2048")
     parser.add_argument("--repeats", type=int, default=3, help="processes per side and length")
     parser.add_argument("--steps", type=int, default=4, help="steps per process; the first is not counted")
     parser.add_argument("--retain", default="fast", choices=("lean", "fast", "ckpt"))
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("results/finetune_vs_peft"))
     parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     lengths = [int(n) for n in args.lengths.split(",")]
@@ -158,8 +178,9 @@ def main() -> None:
             f"   {memory['tokenloom']:12.0f}  {memory['peft']:7.0f}  {row['memory_share']:5.0%}",
             flush=True,
         )
-    if args.json:
-        args.json.write_text(json.dumps({"retain": args.retain, "rows": rows}, indent=1) + "\n")
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "results.json").write_text(json.dumps({"retain": args.retain, "rows": rows}, indent=1) + "\n")
+    plot(rows, args.out / "finetune_vs_peft.png")
 
 
 if __name__ == "__main__":

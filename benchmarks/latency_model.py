@@ -13,6 +13,7 @@ import json
 import random
 from pathlib import Path
 from statistics import mean, median
+from typing import Any
 
 from coserve import new_engine, new_trainer
 
@@ -48,13 +49,33 @@ def random_mixes(count: int, seed: int) -> list[Cell]:
     return cells
 
 
+def plot(rows: list[dict[str, Any]], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(4.6, 4.2))
+    for kind in sorted({row["kind"] for row in rows}):
+        points = [(row["predicted_ms"], row["measured_ms"]) for row in rows if row["kind"] == kind]
+        axis.scatter(*zip(*points, strict=True), s=14, label=kind)
+    ends = [min(row["measured_ms"] for row in rows), max(row["measured_ms"] for row in rows)]
+    axis.plot(ends, ends, color="gray", linewidth=0.8)
+    axis.set(
+        xscale="log", yscale="log", xlabel="predicted ms", ylabel="measured ms", title="held-out iterations"
+    )
+    axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--mixes", type=int, default=60)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--fresh", action="store_true", help="profile again although a profile is stored")
     parser.add_argument("--home", type=Path, default=None, help="where profiles are stored")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("results/latency_model"))
     args = parser.parse_args()
     where = args.home or home()
     args.max_batch_tokens, args.temporal_every, args.tpot_ms, args.ttft_ms = 512, 64, 200.0, 2000.0
@@ -87,8 +108,9 @@ def main() -> None:
         print(f"{kind:26s} {len(found):3d} mixes  mean error {mean(found):6.1%}  median {median(found):6.1%}")
     print(f"{'all':26s} {len(errors):3d} mixes  mean error {mean(errors):6.1%}  (target {TARGET:.0%})")
     print(f"within the plan (95 % wanted): {below / len(errors):.0%} of the mixes")
-    if args.json:
-        args.json.write_text(json.dumps({"mape": mean(errors), "rows": rows}, indent=1) + "\n")
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "results.json").write_text(json.dumps({"mape": mean(errors), "rows": rows}, indent=1) + "\n")
+    plot(rows, args.out / "latency_model.png")
 
 
 if __name__ == "__main__":

@@ -106,6 +106,21 @@ def run(mode: str, args: argparse.Namespace) -> tuple[list[tuple[int, float]], i
     return curve.points, sent, time.monotonic() - start
 
 
+def plot(alone: list[tuple[int, float]], shared: list[tuple[int, float]], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(4.6, 3.4))
+    axis.plot(*zip(*alone, strict=True), marker="o", label="alone (ft_only)")
+    axis.plot(*zip(*shared, strict=True), marker="x", linestyle="--", label="co-served")
+    axis.set(xlabel="trained tokens", ylabel="held-out loss")
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--steps", type=int, default=16)
@@ -125,6 +140,7 @@ def main() -> None:
         print(f"{tokens:14d}  {a:21.5f}  {b:9.5f}  {abs(a - b):10.5f}")
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "learning.json").write_text(json.dumps({"ft_only": alone, "coserve": shared}) + "\n")
+    plot(alone, shared, args.out / "learning.png")
 
 
 if __name__ == "__main__":
