@@ -2,6 +2,11 @@
 
 #include "kernels.h"
 
+#if defined(TOKENLOOM_ARM) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 namespace tokenloom {
 
 #if defined(TOKENLOOM_X86)
@@ -35,7 +40,12 @@ const Kernels* const* available_kernels(int* count) {
         if (base && __builtin_cpu_supports("avxvnni")) found[n++] = &avx_vnni::kernels;
         if (base) found[n++] = &avx2::kernels;
 #elif defined(TOKENLOOM_ARM)
-        found[n++] = &neon::kernels;  // built only where the dot product extension is part of the target
+#if defined(__linux__)
+        const unsigned long has = getauxval(AT_HWCAP), wanted = HWCAP_ASIMDDP | HWCAP_ASIMDHP;
+        if ((has & wanted) == wanted) found[n++] = &neon::kernels;
+#else
+        found[n++] = &neon::kernels;  // all of Apple's have the dot product
+#endif
 #endif
         found[n++] = &portable::kernels;
         return n;
