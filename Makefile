@@ -2,6 +2,7 @@
 # make test    set everything up and run the tests
 # make check   lint and types
 # make sanitize  the native kernels' tests on an extension built with ASan and UBSan (GCC)
+# make neon      the ARM kernels against the portable ones, cross-compiled and emulated
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ ARGS ?=
 # pip compiles these, where it finds a C++ compiler.
 NATIVE := CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: serve test check sanitize install dev clean
+.PHONY: serve test check sanitize neon install dev clean
 serve: install
 	$(BIN)/tokenloom serve $(ARGS)
 
@@ -34,6 +35,15 @@ sanitize: dev
 	$(BIN)/cmake --build build/sanitize
 	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		PYTHONPATH=tests $(BIN)/python -m pytest --capture=sys -p sanitized tests/kernels tests/models/test_fused.py $(ARGS)
+
+# Needs Debian's g++-aarch64-linux-gnu and qemu-user. Flags as in CMakeLists.txt.
+ARM := aarch64-linux-gnu-g++ -std=c++17 -O3 -Wall -Wextra -Wno-psabi -DTOKENLOOM_ARM
+neon:
+	mkdir -p build/neon
+	$(ARM) -march=armv8.2-a+dotprod+fp16 -c csrc/isa_neon.cpp -o build/neon/isa_neon.o
+	$(ARM) -static -pthread -o build/neon/check $(addprefix csrc/,check_isas.cpp dispatch.cpp layers.cpp team.cpp \
+		isa_portable.cpp) build/neon/isa_neon.o
+	qemu-aarch64 -cpu max build/neon/check
 
 install: $(VENV)/.installed
 dev: $(VENV)/.installed-dev

@@ -1,0 +1,177 @@
+// Holds each instruction set's kernels against the portable ones, without Python: `make neon` runs this on an
+// emulated ARM machine. Says which kernel differs, and fails.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <random>
+#include <vector>
+
+#include "layers.h"
+
+using namespace tokenloom;
+
+namespace {
+
+std::mt19937 generator(0);
+int failures = 0;
+
+std::vector<float> normal(size_t count) {
+    std::normal_distribution<float> distribution;
+    std::vector<float> out(count);
+    for (float& x : out) x = distribution(generator);
+    return out;
+}
+
+std::vector<uint8_t> bytes(size_t count) {
+    std::vector<uint8_t> out(count);
+    for (uint8_t& x : out) x = static_cast<uint8_t>(generator());
+    return out;
+}
+
+void check(const char* kernel, int detail, const std::vector<float>& got, const std::vector<float>& wanted,
+           float tolerance) {
+    float most = 0.0f, size = 0.0f;
+    for (size_t i = 0; i < got.size(); ++i) {
+        const float difference = std::fabs(got[i] - wanted[i]);
+        if (!(difference <= most)) most = difference;  // NaN stays
+        size = std::max(size, std::fabs(wanted[i]));
+    }
+    if (most <= tolerance * size && size > 0.0f) return;
+    std::printf("  %s (%d): off by %g of %g\n", kernel, detail, most, size);
+    ++failures;
+}
+
+struct Quantized {
+    std::vector<int8_t> q;
+    std::vector<float> scale, sum;
+    Activations view;
+
+    Quantized(const Kernels& kernels, Work& work, const std::vector<float>& x, int rows, int columns)
+        : q(x.size()), scale(x.size() / BLOCK), sum(x.size() / BLOCK) {
+        view = {rows, columns, q.data(), scale.data(), sum.data()};
+        kernels.quantize(work, x.data(), columns, nullptr, 0.0f, view);
+    }
+    std::vector<float> numbers() const {
+        std::vector<float> out(q.size());
+        for (size_t i = 0; i < q.size(); ++i) out[i] = scale[i / BLOCK] * static_cast<float>(q[i]);
+        return out;
+    }
+};
+
+void check_products(const Kernels& kernels, const Kernels& plain, Work& work) {
+    constexpr int columns = 160, n = 43;
+    for (Format format : {Format::Q8_0, Format::Q4_0, Format::Q4_1}) {
+        Weight w{format, n, columns, nullptr, nullptr};
+        auto data = bytes(static_cast<size_t>(w.groups()) * w.blocks() * block_bytes(format) + 1);
+        w.data = data.data() + 1;  // at an odd address
+        for (int b = 0; b < w.groups() * w.blocks(); ++b) {
+            uint8_t* block = data.data() + 1 + static_cast<size_t>(b) * block_bytes(format);
+            // Scales of about 1: float16 from 0.5 to 2, of either sign.
+            for (int i = quant_bytes(format) + 1; i < block_bytes(format); i += 2) {
+                block[i] = static_cast<uint8_t>((block[i] & 0x83) | 0x38);
+            }
+        }
+        for (int row = 0; row < n; ++row) {
+            std::vector<float> got(columns), wanted(columns);
+            kernels.unpack(w, row, got.data());
+            plain.unpack(w, row, wanted.data());
+            check("unpack", static_cast<int>(format), got, wanted, 0.0f);
+        }
+        for (int rows : {1, 2, 3, 4, 5, 9, 64, 66}) {
+            const auto x = normal(static_cast<size_t>(rows) * columns);
+            const Quantized mine(kernels, work, x, rows, columns), its(plain, work, x, rows, columns);
+            check("quantize", rows, mine.numbers(), its.numbers(), 0.01f);
+            for (Then then : {Then::Store, Then::Add, Then::SiluMul}) {
+                w.rows = then == Then::SiluMul ? 32 : n;
+                std::vector<float> got(static_cast<size_t>(rows) * n, 1.0f), wanted = got;
+                kernels.linear(work, w, its.view, then, got.data(), n);
+                plain.linear(work, w, its.view, then, wanted.data(), n);
+                check("linear", rows, got, wanted, 1e-5f);
+            }
+            w.rows = n;
+        }
+    }
+}
+
+void check_rows(const Kernels& kernels, const Kernels& plain, Work& work) {
+    for (int width : {1, 7, 8, 33, 90}) {
+        const auto x = normal(5 * 2 * width), weight = normal(width);
+        std::vector<float> got(5 * width), wanted = got;
+        kernels.rms_norm(work, x.data(), 2 * width, weight.data(), 1e-5f, 5, width, got.data(), width);
+        plain.rms_norm(work, x.data(), 2 * width, weight.data(), 1e-5f, 5, width, wanted.data(), width);
+        check("rms_norm", width, got, wanted, 1e-6f);
+        kernels.silu_mul(work, x.data(), 2 * width, 5, width, got.data());
+        plain.silu_mul(work, x.data(), 2 * width, 5, width, wanted.data());
+        check("silu_mul", width, got, wanted, 1e-6f);
+    }
+}
+
+void check_attention(const Kernels& kernels, const Kernels& plain, Work& work, int head_dim, bool quantized) {
+    constexpr int heads = 4, kv_heads = 2, block_size = 16, past = 530, slots = 576;
+    const AttentionShape shape{heads, kv_heads, head_dim, block_size, 300, (heads + 2 * kv_heads) * head_dim,
+                               heads * head_dim};
+    std::vector<int32_t> blocks(slots / block_size);
+    for (size_t i = 0; i < blocks.size(); ++i) blocks[i] = static_cast<int32_t>(blocks.size() - 1 - i);
+    const std::vector<Span> spans{{0, 3, past, blocks.data()}, {3, 12, 12, blocks.data() + 34}};
+    const AttentionPlan plan = plan_attention(spans, shape);
+    const auto qkv = normal(15 * static_cast<size_t>(shape.q_stride)), angle = normal(15 * head_dim);
+    const auto norm = normal(head_dim), cache = normal(2 * static_cast<size_t>(slots) * kv_heads * head_dim);
+    const auto quants = bytes(cache.size());
+    std::vector<float> outs[2], rotated[2];
+    for (int side = 0; side < 2; ++side) {
+        const Kernels& k = side ? plain : kernels;
+        auto floats = cache;
+        auto ints = quants;
+        std::vector<float> scales(2 * slots * kv_heads, 0.01f), partials(plan.partial_rows * (head_dim + 2));
+        KVLayer kv{floats.data(), floats.data() + floats.size() / 2, nullptr, nullptr};
+        if (quantized) {
+            kv = {ints.data(), ints.data() + ints.size() / 2, scales.data(), scales.data() + slots * kv_heads};
+        }
+        std::vector<int64_t> to(15);
+        for (int t = 0; t < 15; ++t) {
+            const int token = t < 3 ? past - 3 + t : t - 3;
+            to[t] = (t < 3 ? blocks[token / block_size] : blocks[34]) * block_size + token % block_size;
+        }
+        rotated[side] = qkv;
+        outs[side].resize(15 * static_cast<size_t>(shape.out_stride));
+        k.rope_append(work, rotated[side].data(), 15, shape, norm.data(), norm.data(), 1e-5f, angle.data(),
+                      angle.data() + 15 * head_dim / 2, to.data(), kv);
+        k.attention(work, rotated[side].data(), shape, spans.data(), plan.tasks.data(),
+                    static_cast<int>(plan.tasks.size()), partials.data(), kv, outs[side].data());
+    }
+    check("rope_append", head_dim, rotated[0], rotated[1], 1e-5f);
+    check("attention", head_dim, outs[0], outs[1], quantized ? 0.01f : 1e-4f);
+}
+
+void check_top(const Kernels& kernels, const Kernels& plain, Work& work) {
+    const auto x = normal(3 * 1000);
+    std::vector<float> got(3 * 20 + 3), wanted = got;
+    std::vector<int64_t> ids(3 * 20), expected = ids;
+    kernels.top(work, x.data(), 1000, 3, 1000, 20, got.data(), ids.data(), got.data() + 60);
+    plain.top(work, x.data(), 1000, 3, 1000, 20, wanted.data(), expected.data(), wanted.data() + 60);
+    check("top", 20, got, wanted, 1e-6f);
+    if (ids != expected) check("top's ids", 20, {1.0f}, {2.0f}, 0.0f);
+}
+
+}  // namespace
+
+int main() {
+    int count;
+    const auto* found = available_kernels(&count);
+    const Kernels& plain = *found[count - 1];
+    for (int i = 0; i + 1 < count; ++i) {
+        std::printf("%s against %s\n", found[i]->name, plain.name);
+        Team team;
+        Work work(team, 1);
+        check_products(*found[i], plain, work);
+        check_rows(*found[i], plain, work);
+        for (int head_dim : {8, 16, 32, 64, 80, 96, 128}) {
+            for (bool quantized : {false, true}) check_attention(*found[i], plain, work, head_dim, quantized);
+        }
+        check_top(*found[i], plain, work);
+    }
+    if (count == 1) std::printf("only the portable kernels run here\n");
+    std::printf("%d differences\n", failures);
+    return failures > 0 || count == 1;
+}
