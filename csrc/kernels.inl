@@ -16,13 +16,14 @@ namespace TOKENLOOM_ISA {
 namespace {
 
 constexpr int TILE = 4;        // activation rows that share the unpacking of a weight
+constexpr int FEW_PIECES = 4;  // ... of long runs of weights, where memory is what limits
 constexpr int ROW_BLOCK = 64;  // activation rows that stay in the L2 cache while weights pass by
 constexpr int PREFETCH = 2048;  // bytes of weights, asked for before the first rows meet them
 constexpr int PIECES = 16;     // pieces per thread, so that nobody waits long for the last
 
-int pieces_of(int count, int threads, int least) {
+int pieces_of(int count, int threads, int least, int most) {
     const int wanted = std::max(1, count / least);
-    return std::min(wanted, threads * PIECES);
+    return std::min(wanted, threads * most);
 }
 int begin_of(int piece, int pieces, int count) {
     return static_cast<int>(static_cast<int64_t>(count) * piece / pieces);
@@ -41,7 +42,7 @@ void quantize_row(const float* x, float factor, const float* norm, int columns, 
         }
         const float amax = max_or_nan(most);
         const float scale = amax / 127.0f;
-        const float inverse = amax > 1e-30f && amax < 1e30f ? 127.0f / amax : 0.0f;
+        const float inverse = amax > 1e-30f && amax < __builtin_inff() ? 127.0f / amax : 0.0f;
         int32_t sum_q[8];
         i32x8 total = splat_int(0);
         for (int i = 0; i < 4; ++i) {
@@ -163,7 +164,9 @@ void linear_of(Work& work, const Weight& w, const Activations& x, Then then, flo
     const int row_blocks = (x.rows + ROW_BLOCK - 1) / ROW_BLOCK;
     // Few rows: pieces of at least 16 KiB of weights. Many rows: more than that per piece anyway.
     const int least = std::max(1, 16384 / (blocks * block_bytes(F)));
-    const int pieces = pieces_of(groups, work.threads(), x.rows > TILE ? 1 : least);
+    const bool few = x.rows <= TILE;
+    const int pieces = few ? pieces_of(groups, work.threads(), least, FEW_PIECES)
+                            : pieces_of(groups, work.threads(), 1, PIECES);
     work.each(pieces * row_blocks, [&](int piece) {
         const int first = piece / pieces * ROW_BLOCK, rows = std::min(ROW_BLOCK, x.rows - first);
         const int p = piece % pieces;
@@ -267,7 +270,7 @@ void store_head(const float* x, int head_dim, size_t index, void* data, float* s
         const float a = std::fabs(x[i]);
         if (a > amax || a != a) amax = a;
     }
-    const float inverse = amax > 1e-30f && amax < 1e30f ? 127.0f / amax : 0.0f;
+    const float inverse = amax > 1e-30f && amax < __builtin_inff() ? 127.0f / amax : 0.0f;
     auto* to = static_cast<int8_t*>(data) + index * head_dim;
     for (int i = 0; i < head_dim; ++i) {
         to[i] = inverse > 0.0f ? static_cast<int8_t>(std::lrintf(x[i] * inverse)) : 0;
@@ -502,6 +505,7 @@ void attention(Work& work, const float* q, const AttentionShape& s, const Span* 
 inline uint32_t ordered(float x) {
     uint32_t bits;
     memcpy(&bits, &x, 4);
+    if (x != x) return 0xffffffffu;
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 

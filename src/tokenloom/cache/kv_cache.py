@@ -72,7 +72,7 @@ class KVCache:
 def quantize_heads(x: Tensor) -> tuple[Tensor, Tensor]:
     """x `[T, Hk, D]` to int8 and one scale per token and head, float32 `[T, Hk]`."""
     most = x.abs().amax(-1)
-    usable = (most > 1e-30) & (most < 1e30)
+    usable = (most > 1e-30) & most.isfinite()
     inverse = torch.where(usable, 127 / most, torch.zeros_like(most))
     q = torch.where(usable[..., None], x * inverse[..., None], torch.zeros_like(x)).round_()
     return q.to(torch.int8), (most / 127).float()

@@ -117,10 +117,14 @@ class PackedWeight:
 Weight = Union[Tensor, PackedWeight]  # noqa: UP007 (evaluated, which Python 3.10 cannot with |)
 
 
-def dense(weight: Weight, rows: slice | None = None) -> Tensor:
-    """A weight, or consecutive rows of it, as a tensor; a view where it is one already."""
+def dense(weight: Weight, rows: slice | None = None, like: Tensor | None = None) -> Tensor:
+    """A weight, or consecutive rows of it, as a tensor; a view where it is one already.
+
+    like: whose dtype and device the numbers of a packed weight take; float32 on the CPU without it.
+    """
     if isinstance(weight, PackedWeight):
-        return weight.dense(rows)
+        numbers = weight.dense(rows)
+        return numbers if like is None else numbers.to(like.device, like.dtype)
     return weight if rows is None else weight[rows]
 
 
@@ -138,5 +142,5 @@ def times(x: Tensor, weight: Weight, extra: Tensor | None = None) -> Tensor:
     total = x.new_zeros(len(x), weight.shape[1]) if extra is None else extra
     for first in range(0, weight.shape[0], _TILE_ROWS):
         rows = slice(first, min(first + _TILE_ROWS, weight.shape[0]))
-        total = torch.addmm(total, x[:, rows], weight.dense(rows).to(x.device, x.dtype))
+        total = torch.addmm(total, x[:, rows], dense(weight, rows, x))
     return total

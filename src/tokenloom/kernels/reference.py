@@ -25,7 +25,7 @@ class ReferenceKernels:
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         if isinstance(weight, PackedWeight):
-            weight = dense(weight).to(x.device, x.dtype)
+            weight = dense(weight, like=x)
         y = x.new_empty(len(x), len(weight))
         for i, row in enumerate(x):
             # BLAS picks its order of summation by the vector's alignment, so each row gets a fresh one.

@@ -29,7 +29,7 @@ class TorchKernels:
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         if isinstance(weight, PackedWeight):
-            weight = dense(weight).to(x.device, x.dtype)
+            weight = dense(weight, like=x)
         rows = x.shape[0]
         small = weight.numel() <= _SMALL_WEIGHT
         if x.is_cuda or rows >= _FEW_ROWS or small or x.dtype != torch.float32:

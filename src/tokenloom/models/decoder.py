@@ -57,7 +57,7 @@ class Decoder:
 
     def _embed(self, tokens: Tensor) -> Tensor:
         if isinstance(self.embedding, PackedWeight):
-            return self.embedding.rows(tokens)
+            return self.embedding.rows(tokens.cpu()).to(self.device, self.dtype)
         return self.embedding[tokens]
 
     def _layers(self, batch: Batch, kv: KVCache, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

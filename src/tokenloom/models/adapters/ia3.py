@@ -80,7 +80,7 @@ class Ia3:
         for (out, scales_input), scale in zip(self.parts, self.params, strict=True):
             if scales_input:
                 # linear(x * l) = linear(x) + (x * (l - 1)) Wᵀ
-                y[:, out] += kernels.linear(x * (scale - 1), dense(linear.weight, out))
+                y[:, out] += kernels.linear(x * (scale - 1), dense(linear.weight, out, x))
             else:
                 y[:, out] *= scale.view(-1)
 
@@ -90,12 +90,12 @@ class Ia3:
         dlinear, dx = dy.clone(), None
         for (out, scales_input), scale, grad in zip(self.parts, self.params, grads, strict=True):
             if scales_input:
-                dscaled = dy[:, out] @ dense(linear.weight, out)
+                dscaled = dy[:, out] @ dense(linear.weight, out, x)
                 grad += (dscaled * x).sum(0)
                 dscaled *= scale - 1
                 dx = dscaled if dx is None else dx.add_(dscaled)
             else:
                 bias = None if linear.bias is None else linear.bias[out]
-                grad += (dy[:, out] * kernels.linear(x, dense(linear.weight, out), bias)).sum(0)[:, None]
+                grad += (dy[:, out] * kernels.linear(x, dense(linear.weight, out, x), bias)).sum(0)[:, None]
                 dlinear[:, out] *= scale.view(-1)
         return dlinear, dx
