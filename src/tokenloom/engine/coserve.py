@@ -15,7 +15,7 @@ from tokenloom.cache.kv_cache import KVCache
 from tokenloom.config import Settings
 from tokenloom.engine.latency_model import Features, LatencyModel, bisect_rows
 from tokenloom.engine.scheduler import Plan, Scheduler
-from tokenloom.engine.slo import iteration_budget_ms
+from tokenloom.engine.slo import Prompts, iteration_budget_ms
 from tokenloom.engine.training import Profiler, Training
 from tokenloom.models.decoder import Decoder
 
@@ -25,8 +25,6 @@ PROFILE_WAIT_S = 600.0
 """Cells of the profile wait so long for a moment without requests, which they would make late."""
 SPATIAL_WAIT_S = 0.05
 DYNAMIC_BOUNDS = (32, 1024)
-STALL_WEIGHT = 0.2
-MIN_STALL_ROWS = 16
 DOUBT_AFTER = 64
 
 
@@ -75,7 +73,8 @@ class Coserver:
         self._features = Features()
         self._prefill_rows = 0
         self._profile_asked_s: float | None = None
-        self._stall_ms = 0.0  # what iterations with a prompt recently took, decodes waiting
+        self._prompts = Prompts()
+        self._prompts_done = 0  # by the iteration at hand
         self._skipped = 0  # iterations in a row in which training got nothing
         self._since_pass = 0  # temporal sharing: inference iterations since the last training pass
         self._every = settings.coserve.temporal_every
@@ -169,6 +168,10 @@ class Coserver:
         self._record = Iteration(time.monotonic(), inference_rows=plan.num_rows)
         self._features = _inference_features(plan)
         self._prefill_rows = plan.num_rows - sum(rows == 1 for rows in plan.rows.values())
+        self._prompts_done = sum(
+            sequence.request.first_token_s is None and sequence.num_computed + rows == len(sequence.tokens)
+            for sequence, rows in plan.rows.items()
+        )
         if self.mode == "off" or not self.trainings:
             return 0
         try:
@@ -201,8 +204,9 @@ class Coserver:
             self.latency.observe(self._features, measured_ms)
         self._record.measured_ms += measured_ms
         self.iterations.append(self._record)
-        if self._prefill_rows >= MIN_STALL_ROWS and not rows:
-            self._stall_ms += STALL_WEIGHT * (measured_ms - self._stall_ms)
+        if self._prefill_rows:
+            share = self._record.inference_rows / (self._record.inference_rows + rows)
+            self._prompts.add(self._prompts_done, share * measured_ms)
 
     def no_batch(self) -> None:
         """The iteration had no batch, only pieces."""
@@ -219,7 +223,7 @@ class Coserver:
         training = self._next()
         if training is None:
             return 0
-        budget = iteration_budget_ms(plan, self.scheduler, self.settings, self._stall_ms)
+        budget = iteration_budget_ms(plan, self.scheduler, self.settings, self._prompts)
         base = self.latency.planned(self._features) if plan.rows else 0.0
         rows = self._fill(training, plan, budget - base, base)
         if rows or self._record.piece_rows:
@@ -342,7 +346,7 @@ class Coserver:
         paper does not print its own)."""
         queue = len(self.scheduler.waiting)
         plan = Plan({s: 1 for s in self.scheduler.running})
-        late = bool(plan.rows) and iteration_budget_ms(plan, self.scheduler, self.settings) < 0
+        late = bool(plan.rows) and iteration_budget_ms(plan, self.scheduler, self.settings, Prompts()) < 0
         low, high = DYNAMIC_BOUNDS
         wanted = self._every * 2 if queue > self._queue_before or late else self._every // 2
         self._every, self._queue_before = min(max(wanted, low), high), queue

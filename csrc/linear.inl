@@ -1,0 +1,191 @@
+// Activations in 8 bits, and products with packed weights. Part of kernels.inl.
+
+// -- activations ----------------------------------------------------------------------------------------------
+
+void quantize_row(const float* x, float factor, const float* norm, int columns, int8_t* q, float* scales,
+                  float* sums_out) {
+    for (int b = 0; b < columns / BLOCK; ++b) {
+        f32x8 v[4], most = splat(0.0f);
+        for (int i = 0; i < 4; ++i) {
+            v[i] = load(x + b * BLOCK + 8 * i);
+            if (norm) v[i] = v[i] * splat(factor) * load(norm + b * BLOCK + 8 * i);
+            most = max_or_nan(most, abs(v[i]));
+        }
+        const float amax = max_or_nan(most);
+        const float scale = amax / 127.0f;
+        const float inverse = amax > 1e-30f && amax < __builtin_inff() ? 127.0f / amax : 0.0f;
+        int32_t sum_q[8];
+        i32x8 total = splat_int(0);
+        for (int i = 0; i < 4; ++i) {
+            const i32x8 n = round_to_int(inverse > 0.0f ? v[i] * splat(inverse) : splat(0.0f));
+            total += n;
+            for (int j = 0; j < 8; ++j) q[b * BLOCK + 8 * i + j] = static_cast<int8_t>(n[j]);
+        }
+        memcpy(sum_q, &total, 32);
+        int32_t s = 0;
+        for (int j = 0; j < 8; ++j) s += sum_q[j];
+        // A row that is not finite stays so: its scale is NaN or infinite, and times 0 that is NaN.
+        scales[b] = scale;
+        sums_out[b] = scale * static_cast<float>(s);
+    }
+}
+
+float inverse_rms(const float* x, int width, float eps) {
+    f32x8 a = splat(0.0f), b = splat(0.0f);
+    int i = 0;
+    for (; i + 16 <= width; i += 16) {
+        const f32x8 u = load(x + i), v = load(x + i + 8);
+        a += u * u;
+        b += v * v;
+    }
+    float squares = sum(a + b);
+    for (; i < width; ++i) squares += x[i] * x[i];
+    return 1.0f / std::sqrt(squares / static_cast<float>(width) + eps);
+}
+
+void quantize(Work& work, const float* x, ptrdiff_t stride, const float* norm, float eps,
+              const Activations& to) {
+    work.each(to.rows, [&](int t) {
+        const float* row = x + t * stride;
+        const float factor = norm ? inverse_rms(row, to.columns, eps) : 1.0f;
+        const size_t block = static_cast<size_t>(t) * to.blocks();
+        quantize_row(row, factor, norm, to.columns, to.q + static_cast<size_t>(t) * to.columns,
+                     to.scale + block, to.sum + block);
+    });
+}
+
+// -- linear ---------------------------------------------------------------------------------------------------
+
+template <Format F, int M>
+inline void dots(const uint8_t* w, const int8_t* a, ptrdiff_t stride, i32x8* out) {
+    if constexpr (F == Format::Q8_0) {
+        dots_q8<M>(w, a, stride, out);
+    } else {
+        dots_q4<M>(w, a, stride, out);
+    }
+}
+
+inline void prefetch(const uint8_t* p, int bytes) {
+    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
+}
+
+// Eight weight rows times M activation rows; the order of summation does not depend on M, so a row's result
+// is the same in any batch.
+template <Format F, int M>
+inline void tile(const uint8_t* w, int blocks, const Activations& x, int row, bool ahead, f32x8* out) {
+    const ptrdiff_t stride = x.columns;
+    const int8_t* a = x.q + row * stride;
+    const float* scale = x.scale + static_cast<size_t>(row) * blocks;
+    const float* sum = x.sum + static_cast<size_t>(row) * blocks;
+    f32x8 acc[M];
+    for (int m = 0; m < M; ++m) acc[m] = splat(0.0f);
+    for (int b = 0; b < blocks; ++b) {
+        if (ahead) prefetch(w + PREFETCH, block_bytes(F));
+        i32x8 products[M];
+        dots<F, M>(w, a + b * BLOCK, stride, products);
+        const auto* halves = reinterpret_cast<const uint16_t*>(w + quant_bytes(F));
+        const f32x8 d = load_half(halves);
+        for (int m = 0; m < M; ++m) {
+            f32x8 value = to_float(products[m]) * splat(scale[m * blocks + b]);
+            if constexpr (F == Format::Q4_0) value -= splat(8.0f * sum[m * blocks + b]);
+            acc[m] += d * value;
+        }
+        if constexpr (F == Format::Q4_1) {
+            const f32x8 offset = load_half(halves + GROUP);
+            for (int m = 0; m < M; ++m) acc[m] += offset * splat(sum[m * blocks + b]);
+        }
+        w += block_bytes(F);
+    }
+    for (int m = 0; m < M; ++m) out[m] = acc[m];
+}
+
+template <Format F>
+inline void tiles(const uint8_t* w, int blocks, const Activations& x, int row, int rows, f32x8* out) {
+    int m = 0;
+    for (; m + TILE <= rows; m += TILE) tile<F, TILE>(w, blocks, x, row + m, m == 0, out + m);
+    switch (rows - m) {
+        case 3: tile<F, 3>(w, blocks, x, row + m, m == 0, out + m); break;
+        case 2: tile<F, 2>(w, blocks, x, row + m, m == 0, out + m); break;
+        case 1: tile<F, 1>(w, blocks, x, row + m, m == 0, out + m); break;
+        default: break;
+    }
+}
+
+inline f32x8 bias_of(const Weight& w, int g) {
+    if (!w.bias) return splat(0.0f);
+    float padded[GROUP] = {};
+    memcpy(padded, w.bias + g * GROUP, sizeof(float) * std::min(GROUP, w.rows - g * GROUP));
+    return load(padded);
+}
+
+inline void put(float* out, f32x8 v, int count, bool add) {
+    if (count >= GROUP) {
+        store(out, add ? load(out) + v : v);
+        return;
+    }
+    for (int i = 0; i < count; ++i) out[i] = add ? out[i] + v[i] : v[i];
+}
+
+inline f32x8 silu(f32x8 x) { return x / (splat(1.0f) + exp(-x)); }
+
+template <Format F>
+void linear_of(Work& work, const Weight& w, const Activations& x, Then then, float* out, ptrdiff_t stride) {
+    const int blocks = w.blocks();
+    const int groups = then == Then::SiluMul ? w.groups() / 2 : w.groups();
+    const int row_blocks = (x.rows + ROW_BLOCK - 1) / ROW_BLOCK;
+    // Few rows: pieces of at least 16 KiB of weights. Many rows: more than that per piece anyway.
+    const int least = std::max(1, 16384 / (blocks * block_bytes(F)));
+    const bool few = x.rows <= TILE;
+    const int pieces = few ? pieces_of(groups, work.threads(), least, FEW_PIECES)
+                            : pieces_of(groups, work.threads(), 1, PIECES);
+    work.each(pieces * row_blocks, [&](int piece) {
+        const int first = piece / pieces * ROW_BLOCK, rows = std::min(ROW_BLOCK, x.rows - first);
+        const int p = piece % pieces;
+        f32x8 y[ROW_BLOCK], up[ROW_BLOCK];
+        for (int g = begin_of(p, pieces, groups); g < begin_of(p + 1, pieces, groups); ++g) {
+            tiles<F>(w.group(g), blocks, x, first, rows, y);
+            const f32x8 bias = bias_of(w, g);
+            float* to = out + static_cast<ptrdiff_t>(first) * stride + g * GROUP;
+            if (then == Then::SiluMul) {
+                tiles<F>(w.group(g + groups), blocks, x, first, rows, up);
+                const f32x8 up_bias = bias_of(w, g + groups);
+                for (int t = 0; t < rows; ++t) store(to + t * stride, silu(y[t] + bias) * (up[t] + up_bias));
+                continue;
+            }
+            const int count = w.rows - g * GROUP;
+            for (int t = 0; t < rows; ++t) put(to + t * stride, y[t] + bias, count, then == Then::Add);
+        }
+    });
+}
+
+void linear(Work& work, const Weight& w, const Activations& x, Then then, float* out, ptrdiff_t stride) {
+    switch (w.format) {
+        case Format::Q8_0: linear_of<Format::Q8_0>(work, w, x, then, out, stride); break;
+        case Format::Q4_0: linear_of<Format::Q4_0>(work, w, x, then, out, stride); break;
+        case Format::Q4_1: linear_of<Format::Q4_1>(work, w, x, then, out, stride); break;
+    }
+}
+
+void unpack(const Weight& w, int row, float* out) {
+    const int lane = row % GROUP;
+    const uint8_t* block = w.group(row / GROUP);
+    for (int b = 0; b < w.blocks(); ++b, block += block_bytes(w.format)) {
+        const auto* halves = reinterpret_cast<const uint16_t*>(block + quant_bytes(w.format));
+        const float d = load_half(halves)[lane];
+        float* to = out + b * BLOCK;
+        if (w.format == Format::Q8_0) {
+            for (int k = 0; k < BLOCK; ++k) {
+                to[k] = d * static_cast<int8_t>(block[k / 4 * 32 + lane * 4 + k % 4]);
+            }
+            continue;
+        }
+        const bool offset = w.format == Format::Q4_1;
+        const float m = offset ? load_half(halves + GROUP)[lane] : 0.0f;
+        const int zero = offset ? 0 : 8;
+        for (int k = 0; k < 16; ++k) {
+            const int both = block[k / 4 * 32 + lane * 4 + k % 4];
+            to[k] = d * static_cast<float>((both & 15) - zero) + m;
+            to[k + 16] = d * static_cast<float>((both >> 4) - zero) + m;
+        }
+    }
+}

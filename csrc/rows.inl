@@ -1,0 +1,140 @@
+// What is done row by row: norms, SiLU, rotation, storing keys and values, the largest logits. Part of kernels.inl.
+
+void norm_row(const float* x, const float* weight, float eps, int width, float* out) {
+    const float factor = inverse_rms(x, width, eps);
+    int i = 0;
+    for (; i + 8 <= width; i += 8) store(out + i, load(x + i) * splat(factor) * load(weight + i));
+    for (; i < width; ++i) out[i] = x[i] * factor * weight[i];
+}
+
+void rms_norm(Work& work, const float* x, ptrdiff_t x_stride, const float* weight, float eps, int rows,
+              int width, float* out, ptrdiff_t out_stride) {
+    work.each(rows, [&](int t) { norm_row(x + t * x_stride, weight, eps, width, out + t * out_stride); });
+}
+
+void silu_mul(Work& work, const float* gate_up, ptrdiff_t stride, int rows, int width, float* out) {
+    work.each(rows, [&](int t) {
+        const float* gate = gate_up + t * stride;
+        const float* up = gate + width;
+        float* to = out + static_cast<ptrdiff_t>(t) * width;
+        int i = 0;
+        for (; i + 8 <= width; i += 8) store(to + i, silu(load(gate + i)) * load(up + i));
+        for (; i < width; ++i) to[i] = silu(splat(gate[i]))[0] * up[i];
+    });
+}
+
+void rotate(float* x, int head_dim, const float* cos, const float* sin) {
+    const int half = head_dim / 2;
+    int i = 0;
+    for (; i + 8 <= half; i += 8) {
+        const f32x8 low = load(x + i), high = load(x + half + i), c = load(cos + i), s = load(sin + i);
+        store(x + i, low * c - high * s);
+        store(x + half + i, high * c + low * s);
+    }
+    for (; i < half; ++i) {
+        const float low = x[i], high = x[half + i];
+        x[i] = low * cos[i] - high * sin[i];
+        x[half + i] = high * cos[i] + low * sin[i];
+    }
+}
+
+// One head's numbers to a slot: as they are, or to 8 bits.
+void store_head(const float* x, int head_dim, size_t index, void* data, float* scales) {
+    if (!scales) {
+        memcpy(static_cast<float*>(data) + index * head_dim, x, sizeof(float) * head_dim);
+        return;
+    }
+    float amax = 0.0f;
+    for (int i = 0; i < head_dim; ++i) {
+        const float a = std::fabs(x[i]);
+        if (a > amax || a != a) amax = a;
+    }
+    const float inverse = amax > 1e-30f && amax < __builtin_inff() ? 127.0f / amax : 0.0f;
+    auto* to = static_cast<int8_t*>(data) + index * head_dim;
+    for (int i = 0; i < head_dim; ++i) {
+        to[i] = inverse > 0.0f ? static_cast<int8_t>(std::lrintf(x[i] * inverse)) : 0;
+    }
+    scales[index] = amax / 127.0f;
+}
+
+void rope_append(Work& work, float* qkv, int rows, const AttentionShape& s, const float* q_norm,
+                 const float* k_norm, float eps, const float* cos, const float* sin, const int64_t* slots,
+                 const KVLayer& kv) {
+    const int half = s.head_dim / 2;
+    work.each(rows, [&](int t) {
+        float* row = qkv + t * s.q_stride;
+        for (int h = 0; h < s.heads + s.kv_heads; ++h) {
+            float* x = row + h * s.head_dim;
+            const float* norm = h < s.heads ? q_norm : k_norm;
+            if (norm) norm_row(x, norm, eps, s.head_dim, x);
+            rotate(x, s.head_dim, cos + t * half, sin + t * half);
+        }
+        const float* k = row + s.heads * s.head_dim;
+        const float* v = k + s.kv_heads * s.head_dim;
+        for (int h = 0; h < s.kv_heads; ++h) {
+            const size_t index = static_cast<size_t>(slots[t]) * s.kv_heads + h;
+            store_head(k + h * s.head_dim, s.head_dim, index, kv.keys, kv.key_scales);
+            store_head(v + h * s.head_dim, s.head_dim, index, kv.values, kv.value_scales);
+        }
+    });
+}
+
+// -- the largest logits -----------------------------------------------------------------------------------------
+
+// Floats in the order of unsigned integers; NaN above all, as torch has it.
+inline uint32_t ordered(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if (x != x) return 0xffffffffu;
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+float log_sum_exp(const float* x, int width) {
+    f32x8 top = splat(-__builtin_inff());
+    int i = 0;
+    for (; i + 8 <= width; i += 8) top = max_or_nan(top, load(x + i));
+    float most = max_or_nan(top);
+    for (int j = i; j < width; ++j) most = x[j] > most || x[j] != x[j] ? x[j] : most;
+    if (!(most - most == 0.0f)) return most;  // infinite or NaN
+    f32x8 sums_v = splat(0.0f);
+    for (int j = 0; j < i; j += 8) sums_v += exp(load(x + j) - splat(most));
+    float total = sum(sums_v);
+    for (; i < width; ++i) total += exp(splat(x[i] - most))[0];
+    return most + std::log(total);
+}
+
+void top_row(const float* x, int width, int k, float* values, int64_t* ids) {
+    constexpr int SHIFT = 20, BUCKETS = 1 << (32 - SHIFT);  // sign, exponent and three bits of the mantissa
+    uint32_t counts[BUCKETS] = {};
+    for (int i = 0; i < width; ++i) ++counts[ordered(x[i]) >> SHIFT];
+    int bucket = BUCKETS - 1;
+    for (uint32_t found = counts[bucket]; found < static_cast<uint32_t>(k); found += counts[bucket]) --bucket;
+    // All of this bucket and above: not many more than k.
+    thread_local std::vector<std::pair<uint32_t, int>> candidates;
+    candidates.clear();
+    const uint32_t least = static_cast<uint32_t>(bucket) << SHIFT;
+    for (int i = 0; i < width; ++i) {
+        const uint32_t key = ordered(x[i]);
+        if (key >= least) candidates.emplace_back(key, i);
+    }
+    const auto larger = [](const auto& a, const auto& b) {
+        return a.first != b.first ? a.first > b.first : a.second < b.second;
+    };
+    if (static_cast<int>(candidates.size()) > k) {
+        std::nth_element(candidates.begin(), candidates.begin() + k, candidates.end(), larger);
+    }
+    std::sort(candidates.begin(), candidates.begin() + k, larger);
+    for (int i = 0; i < k; ++i) {
+        ids[i] = candidates[i].second;
+        values[i] = x[candidates[i].second];
+    }
+}
+
+void top(Work& work, const float* x, ptrdiff_t stride, int rows, int width, int k, float* values, int64_t* ids,
+         float* norms) {
+    work.each(rows, [&](int t) {
+        const size_t at = static_cast<size_t>(t) * k;
+        top_row(x + t * stride, width, k, values + at, ids + at);
+        norms[t] = log_sum_exp(x + t * stride, width);
+    });
+}

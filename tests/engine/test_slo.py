@@ -1,0 +1,107 @@
+"""What is kept in reserve for prompts that will come."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tokenloom.config import load_settings
+from tokenloom.engine import slo
+from tokenloom.engine.scheduler import Plan
+from tokenloom.engine.slo import Prompts, iteration_budget_ms
+
+SETTINGS = load_settings({"slo.tpot_ms": 20.0, "slo.ttft_ms": 1000.0, "coserve.margin": 0.0})
+
+
+class Clock:
+    """Time that passes when told."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(slo, "time", SimpleNamespace(monotonic=lambda: self.now))
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def decoding(clock: Clock, ahead_ms: float, num_output: int, max_tokens: int | None) -> Any:
+    first = clock.now + ahead_ms / 1e3 - 0.02 * num_output
+    request = SimpleNamespace(
+        first_token_s=first, arrival_s=first, params=SimpleNamespace(max_tokens=max_tokens)
+    )
+    return Sequence(request, num_output)
+
+
+class Sequence:
+    """What the budget reads of one."""
+
+    def __init__(self, request: Any, num_output: int) -> None:
+        self.request, self.num_output, self.num_pending = request, num_output, 1
+
+
+def budget(sequence: Any, prompts: Prompts) -> float:
+    scheduler: Any = SimpleNamespace(running=[sequence], waiting=[])
+    return iteration_budget_ms(Plan({sequence: 1}, num_rows=1), scheduler, SETTINGS, prompts)
+
+
+def test_without_prompts_nothing_is_kept(clock: Clock) -> None:
+    prompts = Prompts()
+    assert prompts.expected_ms(10.0) == 0.0
+
+
+def test_a_rare_prompt_is_kept_for_once_whole(clock: Clock) -> None:
+    prompts = Prompts()
+    clock.now += 10.0
+    prompts.add(0, 30.0)  # its first chunk
+    prompts.add(1, 50.0)
+    assert prompts.expected_ms(0.01) == pytest.approx(80.0)
+
+
+def test_more_is_kept_the_more_often_they_come_and_the_longer_one_looks_ahead(clock: Clock) -> None:
+    rare, often = Prompts(), Prompts()
+    for _ in range(20):
+        clock.now += 1.0
+        often.add(2, 100.0)
+    rare.add(4, 200.0)
+    assert often.expected_ms(1.0) == pytest.approx(50.0 * (2 + 2 * 2**0.5))
+    assert rare.expected_ms(1.0) < often.expected_ms(1.0) < often.expected_ms(2.0)
+
+
+def test_what_was_long_ago_is_forgotten(clock: Clock) -> None:
+    prompts = Prompts()
+    prompts.add(1, 80.0)
+    clock.now += slo.MEMORY_S + 1.0
+    assert prompts.expected_ms(1.0) == 0.0
+
+
+def test_a_stream_spends_what_it_is_ahead_beyond_the_reserve(clock: Clock) -> None:
+    prompts = Prompts()
+    for _ in range(20):
+        clock.now += 1.0
+        prompts.add(1, 25.0)
+    early, late = (decoding(clock, 60.0, n, 40) for n in (1, 39))
+    # Ahead of time by 60 ms: with 39 tokens to come too little, with one to come enough: 60 - 25.
+    assert budget(early, prompts) < 0
+    assert budget(late, prompts) == pytest.approx(20.0 * 1.5)
+    assert budget(decoding(clock, 45.0, 39, 40), prompts) == pytest.approx(20.0, abs=1.0)
+
+
+def test_answers_without_a_limit_look_ahead_as_far_as_the_horizon(clock: Clock) -> None:
+    prompts = Prompts()
+    for _ in range(20):
+        clock.now += 1.0
+        prompts.add(1, 25.0)
+    unlimited = budget(decoding(clock, 70.0, 1, None), prompts)
+    assert unlimited == pytest.approx(budget(decoding(clock, 70.0, 1, slo.HORIZON_TOKENS), prompts))
+
+
+def test_real_time_passes_too() -> None:
+    prompts = Prompts()
+    prompts.add(1, 10.0)
+    time.sleep(0.01)
+    assert prompts.expected_ms(1e-6) == pytest.approx(10.0)
