@@ -181,12 +181,8 @@ def summary(args: argparse.Namespace, engine: Any, arrivals: list[Arrival], ends
     done = [len(a.token_s) == a.max_tokens for a in counted]
     kept = [d and t <= args.ttft_ms and p <= args.tpot_ms for d, t, p in zip(done, ttft, tpot, strict=True)]
     gaps = [(b - a) * 1e3 for r in counted for a, b in pairwise(r.token_s)]
-    first = next((i for i, (at, _) in enumerate(ends) if at >= WARMUP_S), None)
-    rate = 0.0
-    if first is not None and len(ends) > first + 1:
-        rate = (ends[-1][1] - ends[first][1]) / (ends[-1][0] - ends[first][0])
-    elif len(ends) > 1:
-        rate = ends[-1][1] / args.seconds
+    before = max((rows for at, rows in ends if at < WARMUP_S), default=0)
+    rate = (ends[-1][1] - before) / (args.seconds - WARMUP_S)
     mixed = [i for i in engine.coserver.iterations if i.planned_ms and i.measured_ms]
     return {
         "mode": args.worker,
