@@ -20,11 +20,14 @@ class Prompts:
 
     def __init__(self) -> None:
         self._recent: deque[tuple[float, int, float]] = deque()  # when, prompts finished, ms
+        self._count, self._total_ms = 0, 0.0  # of `_recent`
         self._began_s = time.monotonic()
 
     def add(self, prompts: int, measured_ms: float) -> None:
         """An iteration computed rows of prompts, so many of which it finished."""
         self._recent.append((time.monotonic(), prompts, measured_ms))
+        self._count += prompts
+        self._total_ms += measured_ms
         self._forget()
 
     def expected_ms(self, seconds: float) -> float:
@@ -34,17 +37,18 @@ class Prompts:
         expected, n + 2 sqrt(n) come in one case of six. At least one prompt, whatever the rate.
         """
         self._forget()
-        count = sum(prompts for _, prompts, _ in self._recent)
-        if count == 0:
+        if self._count == 0:
             return 0.0
-        each_ms = sum(ms for _, _, ms in self._recent) / count
+        each_ms = self._total_ms / self._count
         passed_s = min(MEMORY_S, time.monotonic() - self._began_s)
-        n = count * seconds / max(passed_s, 1.0)
+        n = self._count * seconds / max(passed_s, 1.0)
         return each_ms * max(1.0, n + 2 * math.sqrt(n))
 
     def _forget(self) -> None:
         while self._recent and self._recent[0][0] < time.monotonic() - MEMORY_S:
-            self._recent.popleft()
+            _, prompts, measured_ms = self._recent.popleft()
+            self._count -= prompts
+            self._total_ms -= measured_ms
 
 
 def iteration_budget_ms(plan: Plan, scheduler: Scheduler, settings: Settings, prompts: Prompts) -> float:
