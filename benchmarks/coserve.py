@@ -1,16 +1,17 @@
 """Co-serving beside its rivals on one seeded, bursty trace (FlexLLM, arXiv 2402.18789, section 8).
 
-    python benchmarks/coserve.py [--seconds 60] [--loads 0.05,0.2,0.4,0.6,0.8] [--out results/coserve]
+    python benchmarks/coserve.py [--seconds 60] [--loads 0.05,0.2,0.4,0.6,0.8] [--repeats 2] [--tpot-ms 50]
 
-Each (mode, load) runs in a process of its own on the default model: requests with Gamma inter-arrival times
-(CV 2) and lognormal lengths, and a LoRA job (r=16, all linears, sequences of 512 tokens of real text) that
-never ends. A load of 1 is the rate at which this machine can just answer such requests when nothing trains;
-it is measured first, as are the unloaded time per token and the latency profile.
+Each run is a process of its own on the default model: requests with Gamma inter-arrival times (CV 2) and
+lognormal lengths, and a LoRA job (r=16, all linears, sequences of 512 tokens of real text) that never ends. A
+load of 1 is the rate at which this machine can just answer such requests when nothing trains; it is measured
+first, as are the unloaded time per token and the latency profile. Each load is run with several traces, all
+modes by turns on each, because machines have slow spells; the requests of one mode are taken together.
 
-Reported per mode and load: share of requests that attained both targets (TTFT, and TPOT = 3 x the unloaded
-median), p50 and p99 of TTFT and of the gap between tokens, finetuning tokens/s (each token once, when its
-whole pass is done) and output tokens/s. "separate p" emulates two clusters by the authors' own scaling: a
-share p of the machines serves at rate / p, the rest trains alone.
+Reported per mode and load: share of requests that attained both targets (TTFT, and TPOT, by default 3 x the
+unloaded median), p50 and p99 of TTFT and of the gap between tokens, finetuning tokens/s (each token once,
+half of it for its forward and half for its backward work) and output tokens/s. "separate p" emulates two
+clusters by the authors' own scaling: a share p of the machines serves at rate / p, the rest trains alone.
 """
 
 from __future__ import annotations
@@ -33,10 +34,12 @@ MODEL = "smollm2-135m-instruct"
 MODES = ("off", "coserve", "temporal", "dynamic_temporal", "spatial")
 LIGHT = 0.1
 """Below this load runs take twice as long, or there would be too few requests."""
-SEED, CV = 1, 2.0
+CV = 2.0
 PROMPT_MEAN, OUTPUT_MEAN, SIGMA = 96, 48, 0.6
 WARMUP_S, DRAIN_S = 5.0, 20.0
 TRAIN_TOKENS = 512
+UNLIMITED_MS = 1e9  # while the target is not known yet
+NEVER_MS = 1e9
 
 
 @dataclass
@@ -50,9 +53,9 @@ class Arrival:
     token_s: list[float] = field(default_factory=list)
 
 
-def trace(rate: float, seconds: float, vocab: int) -> list[Arrival]:
+def trace(rate: float, seconds: float, vocab: int, seed: int = 1) -> list[Arrival]:
     """The same requests at any rate: only the times are stretched. The first comes at once."""
-    source = random.Random(SEED)
+    source = random.Random(seed)
     shape = 1 / CV**2
     arrivals: list[Arrival] = []
     at = 0.0
@@ -77,7 +80,7 @@ def new_engine(mode: str, args: argparse.Namespace) -> Any:
         "model.name": MODEL,
         "coserve.mode": mode,
         "coserve.temporal_every": args.temporal_every,
-        "slo.tpot_ms": args.tpot_ms,
+        "slo.tpot_ms": args.tpot_ms or UNLIMITED_MS,
         "slo.ttft_ms": args.ttft_ms,
         "scheduler.max_batch_tokens": args.max_batch_tokens,
         "cache.prefix_caching": False,
@@ -100,7 +103,7 @@ def new_trainer(engine: Any) -> Any:
         "training": {"max_seq_tokens": TRAIN_TOKENS, "checkpoint_every_steps": 10**6},
     }
     hyper = resolve_hyperparameters(len(samples), FinetuneOptions.model_validate(options))
-    adapter = new_adapter(engine, hyper, SEED)
+    adapter = new_adapter(engine, hyper, seed=1)
     return Trainer(
         engine,
         adapter,
@@ -108,7 +111,7 @@ def new_trainer(engine: Any) -> Any:
         hyper,
         SupervisedFinetuning(),
         Ignore(),
-        seed=SEED,
+        seed=1,
     )
 
 
@@ -143,12 +146,11 @@ def replay(args: argparse.Namespace) -> dict[str, Any]:
         trainer = new_trainer(engine)
         engine.coserver.latency = stored_profile(engine, Path(args.home))
         engine.coserver.add(trainer)
-    arrivals = trace(args.rate, args.seconds, engine.config.vocab_size) if args.rate else []
+    arrivals = trace(args.rate, args.seconds, engine.config.vocab_size, args.seed) if args.rate else []
     by_id = {f"r{i}": arrival for i, arrival in enumerate(arrivals)}
     waiting = list(by_id.items())
     start = time.monotonic()
     engine.coserver.arrivals = lambda: bool(waiting) and time.monotonic() - start >= waiting[0][1].at_s
-    ends: list[tuple[float, int]] = [(0.0, 0)]
     while True:
         now = time.monotonic() - start
         if now > args.seconds + DRAIN_S or not (now <= args.seconds or waiting or engine.requests):
@@ -166,41 +168,63 @@ def replay(args: argparse.Namespace) -> dict[str, Any]:
         now = time.monotonic() - start
         for output in outputs:
             by_id[output.request_id].token_s += [now] * sum(len(d.token_ids) for d in output.deltas)
-        if trainer is not None and trainer.rows_run > ends[-1][1]:
-            ends.append((now, trainer.rows_run))
-    return summary(args, engine, list(by_id.values()), [e for e in ends if e[0] <= args.seconds])
+    return report(args, engine, list(by_id.values()), start)
 
 
-def summary(args: argparse.Namespace, engine: Any, arrivals: list[Arrival], ends: Any) -> dict[str, Any]:
+def trained(engine: Any, begin_s: float, end_s: float) -> float:
+    """Tokens trained meanwhile: a pass that is half done counts for half."""
+    backward = engine.config.num_layers + 1  # the layers and the loss
+    return sum(
+        (i.train_rows + i.piece_rows / backward) / 2
+        for i in engine.coserver.iterations
+        if begin_s <= i.at_s < end_s
+    )
+
+
+def report(args: argparse.Namespace, engine: Any, arrivals: list[Arrival], start: float) -> dict[str, Any]:
+    """What one run of a worker found; the first seconds are not counted."""
     counted = [a for a in arrivals if a.at_s >= WARMUP_S]
-    ttft = [(a.token_s[0] - a.at_s) * 1e3 if a.token_s else 1e9 for a in counted]
-    tpot = [
-        (a.token_s[-1] - a.token_s[0]) * 1e3 / max(1, len(a.token_s) - 1) if a.token_s else 1e9
-        for a in counted
-    ]
-    done = [len(a.token_s) == a.max_tokens for a in counted]
-    kept = [d and t <= args.ttft_ms and p <= args.tpot_ms for d, t, p in zip(done, ttft, tpot, strict=True)]
-    gaps = [(b - a) * 1e3 for r in counted for a, b in pairwise(r.token_s)]
-    before = max((rows for at, rows in ends if at < WARMUP_S), default=0)
-    rate = (ends[-1][1] - before) / (args.seconds - WARMUP_S)
     mixed = [i for i in engine.coserver.iterations if i.planned_ms and i.measured_ms]
     return {
-        "mode": args.worker,
-        "rate": args.rate,
-        "requests": len(counted),
-        "per_request": [
-            {"ttft_ms": t, "tpot_ms": p, "tokens": a.max_tokens}
-            for t, p, a in zip(ttft, tpot, counted, strict=True)
-        ],
-        "attainment": sum(kept) / len(kept) if kept else 1.0,
-        "ttft_ms": quantiles(ttft),
-        "gap_ms": quantiles(gaps),
-        "tpot_ms": quantiles(tpot),
-        "finetuning_tokens_per_s": rate,
-        "inference_tokens_per_s": sum(len(a.token_s) for a in counted) / (args.seconds - WARMUP_S),
+        "seconds": args.seconds - WARMUP_S,
+        "requests": [outcome(args, a) for a in counted],
+        "trained": trained(engine, start + WARMUP_S, start + args.seconds),
         "restarts": engine.coserver.num_restarts,
         "over_plan": sum(i.measured_ms > i.planned_ms for i in mixed) / len(mixed) if mixed else None,
         "iterations": len(engine.coserver.iterations),
+    }
+
+
+def outcome(args: argparse.Namespace, arrival: Arrival) -> dict[str, Any]:
+    times = arrival.token_s
+    ttft = (times[0] - arrival.at_s) * 1e3 if times else NEVER_MS
+    tpot = (times[-1] - times[0]) * 1e3 / max(1, len(times) - 1) if times else NEVER_MS
+    done = len(times) == arrival.max_tokens
+    return {
+        "ttft_ms": ttft,
+        "tpot_ms": tpot,
+        "tokens": len(times),
+        "attained": done and ttft <= args.ttft_ms and tpot <= args.tpot_ms,
+        "gaps_ms": [(b - a) * 1e3 for a, b in pairwise(times)],
+    }
+
+
+def summary(mode: str, rate: float, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """All runs of one mode at one rate, their requests taken together."""
+    requests = [request for run in runs for request in run["requests"]]
+    gaps = [gap for request in requests for gap in request.pop("gaps_ms")]
+    seconds = sum(run["seconds"] for run in runs)
+    return {
+        "mode": mode,
+        "rate": rate,
+        "runs": runs,
+        "requests": len(requests),
+        "attainment": sum(r["attained"] for r in requests) / len(requests) if requests else 1.0,
+        "ttft_ms": quantiles([r["ttft_ms"] for r in requests]),
+        "gap_ms": quantiles(gaps),
+        "finetuning_tokens_per_s": sum(run["trained"] for run in runs) / seconds,
+        "inference_tokens_per_s": sum(r["tokens"] for r in requests) / seconds,
+        "restarts": sum(run["restarts"] for run in runs),
     }
 
 
@@ -246,32 +270,39 @@ def calibrate(args: argparse.Namespace) -> dict[str, Any]:
     return {"tpot_ms": statistics.median(gaps) * 1e3, "rate": rate, "profile_s": profile_s}
 
 
-def worker(args: argparse.Namespace, mode: str, rate: float, seconds: float) -> dict[str, Any]:
+def worker(
+    args: argparse.Namespace, mode: str, rate: float = 0.0, seconds: float = 0.0, seed: int = 1
+) -> dict[str, Any]:
     command = [sys.executable, __file__, "--worker", mode, "--rate", str(rate), "--seconds", str(seconds)]
     command += ["--tpot-ms", str(args.tpot_ms), "--ttft-ms", str(args.ttft_ms), "--home", args.home]
-    command += ["--temporal-every", str(args.temporal_every)]
+    command += ["--temporal-every", str(args.temporal_every), "--seed", str(seed)]
     command += ["--max-batch-tokens", str(args.max_batch_tokens)]
     out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     result: dict[str, Any] = json.loads(out.splitlines()[-1])
     return result
 
 
-def separate(rows: list[dict[str, Any]], args: argparse.Namespace, alone: float) -> list[dict[str, Any]]:
-    """A share p of the machines serves (each at rate / p), the others train."""
-    emulated = []
-    for base in [row for row in rows if row["mode"] == "off"]:
-        for share in map(float, args.shares.split(",")):
-            row = worker(args, "off", base["rate"] / share, args.seconds)
-            row |= {
-                "mode": f"separate {share:.0%}",
-                "rate": base["rate"],
-                "load": base["load"],
-                "finetuning_tokens_per_s": alone * (1 - share),
-                "inference_tokens_per_s": row["inference_tokens_per_s"] * share,
-            }
-            emulated.append(row)
-            show(row)
-    return emulated
+def measure(args: argparse.Namespace, load: float, full_rate: float, alone: float) -> list[dict[str, Any]]:
+    """All modes at one load, one trace after the other, so that a slow spell of the machine meets each.
+
+    "separate p": a share p of the machines serves, each at rate / p, the others train.
+    """
+    modes = {mode: (mode, 1.0) for mode in args.modes.split(",")}
+    modes |= {f"separate {float(p):.0%}": ("off", float(p)) for p in args.shares.split(",") if p}
+    seconds = args.seconds * (2 if load < LIGHT else 1)
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in modes}
+    for seed in range(1, args.repeats + 1):
+        for name, (mode, share) in modes.items():
+            runs[name].append(worker(args, mode, load * full_rate / share, seconds, seed))
+    rows = []
+    for name, (_, share) in modes.items():
+        row = summary(name, load * full_rate, runs[name]) | {"load": load}
+        if name.startswith("separate"):
+            row["finetuning_tokens_per_s"] = alone * (1 - share)
+            row["inference_tokens_per_s"] *= share
+        rows.append(row)
+        show(row)
+    return rows
 
 
 HEADER = (
@@ -321,6 +352,8 @@ def verdict(rows: list[dict[str, Any]], alone: float) -> None:
     loads = sorted({row["load"] for row in rows})
     print("\nload  attainment co-serving - off (points)  gap p99 temporal / co-serving  share of ft_only")
     for load in loads:
+        if any((mode, load) not in at for mode in ("off", "coserve", "temporal")):
+            continue
         off, co, temporal = at["off", load], at["coserve", load], at["temporal", load]
         print(
             f"{load:4.2f}  {100 * (co['attainment'] - off['attainment']):20.1f}"
@@ -349,11 +382,13 @@ def main() -> None:
     parser.add_argument(
         "--shares", default="0.25,0.5,0.75", help="of emulated separate clusters; '' for none"
     )
+    parser.add_argument("--repeats", type=int, default=2, help="traces per load")
+    parser.add_argument("--seed", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--temporal-every", type=int, default=64)
-    parser.add_argument("--max-batch-tokens", type=int, default=128, help="rows of a batch, in every mode")
+    parser.add_argument("--max-batch-tokens", type=int, default=32, help="rows of a batch, in every mode")
     parser.add_argument("--ttft-ms", type=float, default=2000.0)
     parser.add_argument("--out", type=Path, default=Path("results/coserve"))
-    parser.add_argument("--tpot-ms", type=float, default=1e9, help=argparse.SUPPRESS)
+    parser.add_argument("--tpot-ms", type=float, default=0.0, help="0: 3 x an unloaded token's time")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--rate", type=float, default=0.0, help=argparse.SUPPRESS)
     parser.add_argument("--home", default="", help=argparse.SUPPRESS)
@@ -362,27 +397,21 @@ def main() -> None:
         print(json.dumps(calibrate(args) if args.worker == "calibrate" else replay(args)))
         return
     args.home = args.home or os.environ.get("TOKENLOOM_HOME") or tempfile.mkdtemp(prefix="tokenloom-bench-")
-    found = worker(args, "calibrate", 0.0, 0.0)
-    args.tpot_ms = 3 * found["tpot_ms"]
+    found = worker(args, "calibrate")
+    args.tpot_ms = args.tpot_ms or 3 * found["tpot_ms"]
     print(
         f"unloaded token {found['tpot_ms']:.1f} ms, so TPOT target {args.tpot_ms:.0f} ms, TTFT target "
         f"{args.ttft_ms:.0f} ms; load 1 = {found['rate']:.2f} requests/s; "
         f"profile took {found['profile_s']:.0f} s"
     )
-    alone = worker(args, "ft_only", 0.0, args.seconds)["finetuning_tokens_per_s"]
+    run = worker(args, "ft_only", 0.0, args.seconds)
+    alone = run["trained"] / run["seconds"]
     print(f"ft_only: {alone:.1f} tokens/s\n{HEADER}")
-    rows = []
-    for load in map(float, args.loads.split(",")):
-        for mode in args.modes.split(","):
-            seconds = args.seconds * (2 if load < LIGHT else 1)
-            row = worker(args, mode, load * found["rate"], seconds) | {"load": load}
-            rows.append(row)
-            show(row)
-    if args.shares:
-        rows += separate(rows, args, alone)
+    loads = map(float, args.loads.split(","))
+    rows = [row for load in loads for row in measure(args, load, found["rate"], alone)]
     args.out.mkdir(parents=True, exist_ok=True)
-    report = {"calibration": found, "ft_only_tokens_per_s": alone, "rows": rows}
-    (args.out / "coserve.json").write_text(json.dumps(report, indent=1) + "\n")
+    results = {"calibration": found, "ft_only_tokens_per_s": alone, "rows": rows}
+    (args.out / "coserve.json").write_text(json.dumps(results, indent=1) + "\n")
     plot(rows, alone, args.out / "coserve.png")
     verdict(rows, alone)
 

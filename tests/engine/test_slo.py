@@ -79,16 +79,27 @@ def test_what_was_long_ago_is_forgotten(clock: Clock) -> None:
     assert prompts.expected_ms(1.0) == 0.0
 
 
-def test_a_stream_spends_what_it_is_ahead_beyond_the_reserve(clock: Clock) -> None:
+def test_time_until_the_last_token_less_that_of_prompts_is_shared_evenly(clock: Clock) -> None:
     prompts = Prompts()
     for _ in range(20):
         clock.now += 1.0
         prompts.add(1, 25.0)
-    early, late = (decoding(clock, 60.0, n, 40) for n in (1, 39))
-    # Ahead of time by 60 ms: with 39 tokens to come too little, with one to come enough: 60 - 25.
-    assert budget(early, prompts) < 0
-    assert budget(late, prompts) == pytest.approx(20.0 * 1.5)
-    assert budget(decoding(clock, 45.0, 39, 40), prompts) == pytest.approx(20.0, abs=1.0)
+    expected = prompts.expected_ms(0.4)  # 20 tokens of 20 ms
+    assert expected == pytest.approx(25.0 * (0.4 + 2 * 0.4**0.5))
+    # The next token is due now: 19 more targets of time, for 20 tokens.
+    assert budget(decoding(clock, 0.0, 20, 40), prompts) == pytest.approx((19 * 20.0 - expected) / 20)
+    # One token to come: what the stream is ahead of it, less one whole prompt.
+    assert budget(decoding(clock, 45.0, 39, 40), prompts) == pytest.approx(45.0 - 25.0)
+    assert budget(decoding(clock, 10.0, 39, 40), prompts) < 0
+    # However far ahead: a gap of half a target more than the target, at most.
+    assert budget(decoding(clock, 900.0, 20, 40), prompts) == pytest.approx(20.0 * 1.5)
+
+
+def test_a_stream_that_is_late_catches_up_over_its_whole_answer(clock: Clock) -> None:
+    prompts = Prompts()
+    slightly, hopelessly = (decoding(clock, -late_ms, 20, 40) for late_ms in (60.0, 600.0))
+    assert 0 < budget(slightly, prompts) < 20.0
+    assert budget(hopelessly, prompts) < 0
 
 
 def test_answers_without_a_limit_look_ahead_as_far_as_the_horizon(clock: Clock) -> None:

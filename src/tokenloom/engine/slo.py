@@ -11,7 +11,7 @@ from tokenloom.engine.scheduler import Plan, Scheduler
 
 MAX_CREDIT = 0.5
 HORIZON_TOKENS = 64
-"""An answer may end at any token: no more than these are looked ahead."""
+"""An answer may end before its limit: no more tokens than these are looked ahead."""
 MEMORY_S = 20.0
 
 
@@ -55,10 +55,10 @@ def iteration_budget_ms(plan: Plan, scheduler: Scheduler, settings: Settings, pr
     """Milliseconds that the iteration may take, inference included. Negative: somebody is late already.
 
     The targets are planned for less a margin (`coserve.margin`). A request in decode should get its n-th
-    token a target's time * (n - 1) after its first. What it is ahead of that it may spend, up to half a
-    token's time at once, but for a reserve: prompts that arrive before its end will hold it up, and it must
-    not be too little ahead then. A request that waits for its first token shares what is left until its
-    deadline among the iterations that its prompt, and those before it, still need.
+    token a target's time * (n - 1) after its first. The time until its last token is due, less what prompts
+    that arrive before will take, is shared evenly among the tokens that it still lacks; no iteration takes
+    more than half a target's time more than the target. A request that waits for its first token shares what
+    is left until its deadline among the iterations that its prompt, and those before it, still need.
     """
     slo, now = settings.slo, time.monotonic()
     share = 1 - settings.coserve.margin
@@ -73,8 +73,9 @@ def iteration_budget_ms(plan: Plan, scheduler: Scheduler, settings: Settings, pr
             due_ms = (sequence.request.arrival_s - now) * 1e3 + ttft_ms
             budgets.append(due_ms / iterations)
         elif sequence in plan.rows:
-            due_ms = (first - now) * 1e3 + tpot_ms * max(1, sequence.num_output)
-            left = (sequence.request.params.max_tokens or HORIZON_TOKENS) - sequence.num_output
-            reserve_ms = prompts.expected_ms(min(left, HORIZON_TOKENS) * tpot_ms / 1e3)
-            budgets.append(min(due_ms - reserve_ms, tpot_ms * (1 + MAX_CREDIT)))
+            count = sequence.num_output
+            left = max(1, min((sequence.request.params.max_tokens or HORIZON_TOKENS) - count, HORIZON_TOKENS))
+            due_ms = (first - now) * 1e3 + tpot_ms * (count + left - 1)
+            free_ms = due_ms - prompts.expected_ms(left * tpot_ms / 1e3)
+            budgets.append(min(free_ms / left, tpot_ms * (1 + MAX_CREDIT)))
     return min(budgets) if budgets else settings.ft.idle_iter_ms or slo.ttft_ms / 5
