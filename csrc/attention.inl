@@ -2,6 +2,8 @@
 
 constexpr int KEYS = 64;          // keys at a time: 16 KiB each of keys and values at D = 64
 constexpr int MOST_QUERIES = 64;  // query heads times rows of one task
+constexpr int FEW_QUERIES = WIDE / 2;
+constexpr int ROWS_AT_ONCE = WIDE == 16 ? 8 : 4;  // sums of so many rows times two vectors fit the registers
 
 // Where in the cache the keys of a span lie, counted in heads.
 void locate(const AttentionShape& s, const Span& span, int begin, int count, int kv_head, size_t* index) {
@@ -62,24 +64,197 @@ inline void add_values(const float* const* rows, const float* p, int low, int hi
     }
 }
 
+// What a task holds while keys and values pass by: of each query the sum of weighted values, the largest score so
+// far and the sum of the weights.
+template <int D>
+struct Attending {
+    alignas(64) float query[MOST_QUERIES * D];  // times 1 / sqrt(D); [queries, D], or [D, MOST_QUERIES] for many
+    alignas(64) float acc[MOST_QUERIES * D];
+    alignas(64) float scores[MOST_QUERIES * KEYS];
+    alignas(64) float wide[KEYS * D];
+    alignas(64) float most[MOST_QUERIES], total[MOST_QUERIES], decay[MOST_QUERIES];
+    alignas(64) int32_t low[MOST_QUERIES], high[MOST_QUERIES];  // which keys at hand a query reads
+    const float* rows[KEYS];
+};
+
+// Few queries: each key meets each query lane by lane.
+template <int D>
+void score_few(Attending<D>& a, int queries, int first) {
+    for (int i = 0; i < queries; ++i) {
+        const float* x = a.query + i * D;
+        // Or the compiler copies all eight keys to the stack, since they are the same for each query.
+        asm("" ::: "memory");
+        f32x8 products[8];
+        TOKENLOOM_UNROLL
+        for (int k = 0; k < 8; ++k) products[k] = splat(0.0f);
+        for (int d = 0; d < D; d += 8) {
+            const f32x8 part = load(x + d);
+            TOKENLOOM_UNROLL
+            for (int k = 0; k < 8; ++k) products[k] += part * load(a.rows[first + k] + d);
+        }
+        store(a.scores + i * KEYS + first, sums(products));
+    }
+}
+
+template <int D>
+void add_few(Attending<D>& a, int queries, int padded) {
+    for (int i = 0; i < queries; ++i) {
+        const int low = a.low[i], high = a.high[i];
+        if (low >= high) continue;
+        float* p = a.scores + i * KEYS;
+        for (int j = 0; j < low; ++j) p[j] = -__builtin_inff();
+        for (int j = high; j < padded; ++j) p[j] = -__builtin_inff();
+        f32x8 top = load(p);
+        for (int j = 8; j < padded; j += 8) top = max_or_nan(top, load(p + j));
+        const float now = max_or_nan(top);
+        const float next = now > a.most[i] || now != now ? now : a.most[i];
+        f32x8 weights = splat(0.0f);
+        for (int j = 0; j < padded; j += 8) {
+            const f32x8 e = exp(load(p + j) - splat(next));
+            weights += e;
+            store(p + j, e);
+        }
+        const float decay = a.most[i] == next ? 1.0f : exp(splat(a.most[i] - next))[0];
+        a.total[i] = a.total[i] * decay + sum(weights);
+        a.most[i] = next;
+        add_values<D>(a.rows, p, low, high, decay, a.acc + i * D);
+    }
+}
+
+// Many queries: one lane each, so that sums over D and over keys are sums of whole vectors. `scores` and `query`
+// are [keys or D, MOST_QUERIES] here.
+template <int D, int N>
+inline void score_tile(Attending<D>& a, int first, int lane) {
+    f32xw sums_of[ROWS_AT_ONCE][N];
+    TOKENLOOM_UNROLL
+    for (int k = 0; k < ROWS_AT_ONCE; ++k) {
+        for (int n = 0; n < N; ++n) sums_of[k][n] = f32xw{};
+    }
+    const float* const* rows = a.rows + first;
+    for (int d = 0; d < D; ++d) {
+        const float* x = a.query + d * MOST_QUERIES + lane;
+        f32xw part[N];
+        for (int n = 0; n < N; ++n) part[n] = load_wide(x + n * WIDE);
+        TOKENLOOM_UNROLL
+        for (int k = 0; k < ROWS_AT_ONCE; ++k) {
+            const f32xw key = all<f32xw>(rows[k][d]);
+            for (int n = 0; n < N; ++n) sums_of[k][n] += key * part[n];
+        }
+    }
+    TOKENLOOM_UNROLL
+    for (int k = 0; k < ROWS_AT_ONCE; ++k) {
+        for (int n = 0; n < N; ++n) store_wide(a.scores + (first + k) * MOST_QUERIES + lane + n * WIDE, sums_of[k][n]);
+    }
+}
+
+template <int D>
+void score_many(Attending<D>& a, int queries, int first, int end) {
+    for (; first < end; first += ROWS_AT_ONCE) {
+        int lane = 0;
+        for (; lane + WIDE < queries; lane += 2 * WIDE) score_tile<D, 2>(a, first, lane);
+        if (lane < queries) score_tile<D, 1>(a, first, lane);
+    }
+}
+
+// Scores become weights, less what later keys may still take off: see `decay`.
+template <int D>
+void weigh_many(Attending<D>& a, int queries, int count, bool masked) {
+    for (int lane = 0; lane < queries; lane += WIDE) {
+        float* p = a.scores + lane;
+        const i32xw low = load_wide(a.low + lane), high = load_wide(a.high + lane);
+        const f32xw before = load_wide(a.most + lane), none = all<f32xw>(-__builtin_inff());
+        f32xw top = before;
+        for (int j = 0; j < count; ++j) {
+            f32xw s = load_wide(p + j * MOST_QUERIES);
+            if (masked) {
+                s = select((j >= low) & (j < high), s, none);
+                store_wide(p + j * MOST_QUERIES, s);
+            }
+            top = max_or_nan(top, s);
+        }
+        const f32xw base = select(top == none, f32xw{}, top);  // no key yet: all weights are 0
+        f32xw weights{};
+        for (int j = 0; j < count; ++j) {
+            const f32xw e = exp(load_wide(p + j * MOST_QUERIES) - base);
+            weights += e;
+            store_wide(p + j * MOST_QUERIES, e);
+        }
+        const f32xw decay = select(before == top, all<f32xw>(1.0f), exp(before - base));
+        store_wide(a.decay + lane, decay);
+        store_wide(a.total + lane, load_wide(a.total + lane) * decay + weights);
+        store_wide(a.most + lane, top);
+    }
+}
+
+// acc = acc * decay + weights * values for ROWS_AT_ONCE queries and N vectors F of D.
+template <int D, class F, int N>
+inline void add_tile(Attending<D>& a, int count, int query, int part) {
+    constexpr int LANES = sizeof(F) / 4;
+    typedef float unaligned __attribute__((vector_size(sizeof(F)), aligned(4), may_alias));
+    F sums_of[ROWS_AT_ONCE][N];
+    float* to = a.acc + query * D + part;
+    TOKENLOOM_UNROLL
+    for (int i = 0; i < ROWS_AT_ONCE; ++i) {
+        for (int n = 0; n < N; ++n) {
+            sums_of[i][n] = *reinterpret_cast<unaligned*>(to + i * D + n * LANES) * a.decay[query + i];
+        }
+    }
+    for (int j = 0; j < count; ++j) {
+        const float* p = a.scores + j * MOST_QUERIES + query;
+        F value[N];
+        for (int n = 0; n < N; ++n) value[n] = *reinterpret_cast<const unaligned*>(a.rows[j] + part + n * LANES);
+        TOKENLOOM_UNROLL
+        for (int i = 0; i < ROWS_AT_ONCE; ++i) {
+            const F weight = all<F>(p[i]);
+            for (int n = 0; n < N; ++n) sums_of[i][n] += weight * value[n];
+        }
+    }
+    TOKENLOOM_UNROLL
+    for (int i = 0; i < ROWS_AT_ONCE; ++i) {
+        for (int n = 0; n < N; ++n) *reinterpret_cast<unaligned*>(to + i * D + n * LANES) = sums_of[i][n];
+    }
+}
+
+template <int D>
+void add_many(Attending<D>& a, int queries, int count) {
+    for (int query = 0; query < queries; query += ROWS_AT_ONCE) {
+        if constexpr (D % (2 * WIDE) == 0) {
+            for (int part = 0; part < D; part += 2 * WIDE) add_tile<D, f32xw, 2>(a, count, query, part);
+        } else if constexpr (D % 16 == 0) {
+            for (int part = 0; part < D; part += 16) add_tile<D, f32x8, 2>(a, count, query, part);
+        } else {
+            for (int part = 0; part < D; part += 8) add_tile<D, f32x8, 1>(a, count, query, part);
+        }
+    }
+}
+
 template <int D>
 void attend(const float* q, const AttentionShape& s, const Span* spans, const AttentionTask& task,
             float* partials, const KVLayer& kv, float* out) {
     constexpr int V = D / 8;
     const Span& span = spans[task.span];
     const int group = s.heads / s.kv_heads, queries = task.rows * group;
+    const bool many = queries > FEW_QUERIES;
     const float factor = 1.0f / std::sqrt(static_cast<float>(D));
-    alignas(32) float query[MOST_QUERIES * D], acc[MOST_QUERIES * D], scores[MOST_QUERIES * KEYS];
-    alignas(32) float wide[KEYS * D];
-    const float* rows[KEYS];
-    float most[MOST_QUERIES], total[MOST_QUERIES];
+    Attending<D> a;
     for (int i = 0; i < queries; ++i) {
         const int row = task.row + i / group, head = task.kv_head * group + i % group;
         const float* from = q + (span.start + row) * s.q_stride + head * D;
-        for (int v = 0; v < V; ++v) store(query + i * D + 8 * v, load(from + 8 * v) * splat(factor));
-        for (int v = 0; v < V; ++v) store(acc + i * D + 8 * v, splat(0.0f));
-        most[i] = -__builtin_inff();
-        total[i] = 0.0f;
+        if (many) {
+            for (int d = 0; d < D; ++d) a.query[d * MOST_QUERIES + i] = from[d] * factor;
+        } else {
+            for (int v = 0; v < V; ++v) store(a.query + i * D + 8 * v, load(from + 8 * v) * splat(factor));
+        }
+    }
+    const int lanes = (queries + WIDE - 1) / WIDE * WIDE;  // computed along: nobody reads what they give
+    for (int i = queries; many && i < lanes; ++i) {
+        for (int d = 0; d < D; ++d) a.query[d * MOST_QUERIES + i] = 0.0f;
+    }
+    for (int i = 0; i < lanes; ++i) {
+        for (int v = 0; v < V; ++v) store(a.acc + i * D + 8 * v, splat(0.0f));
+        a.most[i] = -__builtin_inff();
+        a.total[i] = 0.0f;
+        a.low[i] = a.high[i] = 0;
     }
     size_t index[2][KEYS];
     int turn = 0;
@@ -90,63 +265,45 @@ void attend(const float* q, const AttentionShape& s, const Span* spans, const At
         const size_t* ahead = index[turn ^= 1];
         const int next = std::min(KEYS, task.key_end - begin - KEYS);
         if (next > 0) locate(s, span, begin + KEYS, next, task.kv_head, index[turn]);
-        gather<D>(here, count, kv.keys, kv.key_scales, rows, wide);
-        for (int j = count; j < padded; ++j) rows[j] = rows[count - 1];
+        gather<D>(here, count, kv.keys, kv.key_scales, a.rows, a.wide);
+        for (int j = count; j < padded; ++j) a.rows[j] = a.rows[count - 1];
         for (int j = 0; j < padded; j += 8) {
             if (j < next) fetch<D>(ahead + j, std::min(8, next - j), kv);
-            for (int i = 0; i < queries; ++i) {
-                const float* x = query + i * D;
-                // Or the compiler copies all eight keys to the stack, since they are the same for each query.
-                asm("" ::: "memory");
-                f32x8 products[8];
-                TOKENLOOM_UNROLL
-                for (int k = 0; k < 8; ++k) products[k] = splat(0.0f);
-                for (int d = 0; d < D; d += 8) {
-                    const f32x8 part = load(x + d);
-                    TOKENLOOM_UNROLL
-                    for (int k = 0; k < 8; ++k) products[k] += part * load(rows[j + k] + d);
-                }
-                store(scores + i * KEYS + j, sums(products));
+            if (many) {
+                score_many<D>(a, queries, j, j + 8);
+            } else {
+                score_few<D>(a, queries, j);
             }
         }
-        gather<D>(here, count, kv.values, kv.value_scales, rows, wide);
+        gather<D>(here, count, kv.values, kv.value_scales, a.rows, a.wide);
+        bool masked = false;
         for (int i = 0; i < queries; ++i) {
             // Row r of the span is token kv_len - length + r: it reads up to itself.
             const int last = span.kv_len - span.length + task.row + i / group;
-            const int low = s.window > 0 ? std::max(0, last + 1 - s.window - begin) : 0;
-            const int high = std::min(count, last + 1 - begin);
-            if (low >= high) continue;
-            float* p = scores + i * KEYS;
-            for (int j = 0; j < low; ++j) p[j] = -__builtin_inff();
-            for (int j = high; j < padded; ++j) p[j] = -__builtin_inff();
-            f32x8 top = load(p);
-            for (int j = 8; j < padded; j += 8) top = max_or_nan(top, load(p + j));
-            const float now = max_or_nan(top);
-            const float next = now > most[i] || now != now ? now : most[i];
-            f32x8 weights = splat(0.0f);
-            for (int j = 0; j < padded; j += 8) {
-                const f32x8 e = exp(load(p + j) - splat(next));
-                weights += e;
-                store(p + j, e);
-            }
-            const float decay = most[i] == next ? 1.0f : exp(splat(most[i] - next))[0];
-            total[i] = total[i] * decay + sum(weights);
-            most[i] = next;
-            add_values<D>(rows, p, low, high, decay, acc + i * D);
+            a.low[i] = s.window > 0 ? std::max(0, last + 1 - s.window - begin) : 0;
+            a.high[i] = std::min(count, last + 1 - begin);
+            masked |= a.low[i] > 0 || a.high[i] < count;
+        }
+        if (many) {
+            weigh_many<D>(a, queries, count, masked);
+            add_many<D>(a, queries, count);
+        } else {
+            add_few<D>(a, queries, padded);
         }
     }
     for (int i = 0; i < queries; ++i) {
+        const float* acc = a.acc + i * D;
         if (task.partial >= 0) {
             float* to = partials + (static_cast<size_t>(task.partial) + i) * (D + 2);
-            memcpy(to, acc + i * D, sizeof(float) * D);
-            to[D] = most[i];
-            to[D + 1] = total[i];
+            memcpy(to, acc, sizeof(float) * D);
+            to[D] = a.most[i];
+            to[D + 1] = a.total[i];
             continue;
         }
         const int row = task.row + i / group, head = task.kv_head * group + i % group;
         float* to = out + (span.start + row) * s.out_stride + head * D;
-        const f32x8 inverse = splat(1.0f / total[i]);
-        for (int v = 0; v < V; ++v) store(to + 8 * v, load(acc + i * D + 8 * v) * inverse);
+        const f32x8 inverse = splat(1.0f / a.total[i]);
+        for (int v = 0; v < V; ++v) store(to + 8 * v, load(acc + 8 * v) * inverse);
     }
 }
 

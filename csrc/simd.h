@@ -1,4 +1,5 @@
-// Vectors of eight numbers, in the compiler's own vector extension: one source for every machine. What it
+// Vectors of eight numbers, or of as many as a register holds ("wide"), in the compiler's own vector extension:
+// one source for every machine. What it
 // cannot say well (integer dot products, half floats, rounding) is written per instruction set in `dots.h`.
 #pragma once
 
@@ -11,24 +12,50 @@ typedef float f32x8 __attribute__((vector_size(32)));
 typedef int32_t i32x8 __attribute__((vector_size(32)));
 typedef float f32x8_unaligned __attribute__((vector_size(32), aligned(4), may_alias));
 
+#if defined(__AVX512F__)
+constexpr int WIDE = 16;
+#else
+constexpr int WIDE = 8;
+#endif
+typedef float f32xw __attribute__((vector_size(4 * WIDE)));
+typedef int32_t i32xw __attribute__((vector_size(4 * WIDE)));
+typedef float f32xw_unaligned __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
+typedef int32_t i32xw_unaligned __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
+
+// The integers that comparing two F gives, and F with the same number everywhere.
+template <class F>
+using ints_of = decltype(F{} < F{});
+template <class F>
+static inline F all(float x) {
+    return x - F{};
+}
+
 static inline f32x8 load(const float* p) { return *reinterpret_cast<const f32x8_unaligned*>(p); }
 static inline void store(float* p, f32x8 v) { *reinterpret_cast<f32x8_unaligned*>(p) = v; }
 static inline f32x8 splat(float x) { return f32x8{x, x, x, x, x, x, x, x}; }
 static inline i32x8 splat_int(int32_t x) { return i32x8{x, x, x, x, x, x, x, x}; }
 static inline f32x8 to_float(i32x8 v) { return __builtin_convertvector(v, f32x8); }
-static inline f32x8 select(i32x8 mask, f32x8 yes, f32x8 no) {
-    return reinterpret_cast<f32x8>((mask & reinterpret_cast<i32x8>(yes)) | (~mask & reinterpret_cast<i32x8>(no)));
+static inline f32xw load_wide(const float* p) { return *reinterpret_cast<const f32xw_unaligned*>(p); }
+static inline i32xw load_wide(const int32_t* p) { return *reinterpret_cast<const i32xw_unaligned*>(p); }
+static inline void store_wide(float* p, f32xw v) { *reinterpret_cast<f32xw_unaligned*>(p) = v; }
+template <class F>
+static inline F select(ints_of<F> mask, F yes, F no) {
+    return mask ? yes : no;
 }
 static inline f32x8 abs(f32x8 v) {
     return reinterpret_cast<f32x8>(reinterpret_cast<i32x8>(v) & splat_int(0x7fffffff));
 }
 // The larger of each pair; NaN where either is.
-static inline f32x8 max_or_nan(f32x8 a, f32x8 b) { return select((a > b) | (a != a), a, b); }
+template <class F>
+static inline F max_or_nan(F a, F b) {
+    return select((a > b) | (a != a), a, b);
+}
 
 // To the nearest integer, ties to even, for |v| < 2^22.
-static inline i32x8 round_to_int(f32x8 v) {
-    const f32x8 magic = splat(12582912.0f);
-    return reinterpret_cast<i32x8>(v + magic) - reinterpret_cast<i32x8>(magic);
+template <class F>
+static inline ints_of<F> round_to_int(F v) {
+    const F magic = all<F>(12582912.0f);
+    return reinterpret_cast<ints_of<F>>(v + magic) - reinterpret_cast<ints_of<F>>(magic);
 }
 
 static inline f32x8 halves_swapped(f32x8 v) { return __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3); }
@@ -62,27 +89,28 @@ static inline f32x8 sums(const f32x8* v) {
 
 // e^x to 2e-7 relative, by reduction to |r| <= ln 2 / 2 and a Taylor polynomial of degree 7. NaN stays NaN;
 // above 88.7 infinity, below -87.3 zero.
-static inline f32x8 exp(f32x8 x) {
-    const f32x8 low = splat(-87.3f), high = splat(88.7f);
-    const i32x8 under = x < low, over = x > high;
+template <class F>
+static inline F exp(F x) {
+    const F low = all<F>(-87.3f), high = all<F>(88.7f);
+    const ints_of<F> under = x < low, over = x > high;
     x = select(under, low, select(over, high, x));
-    const i32x8 n = round_to_int(select(x == x, x, splat(0.0f)) * splat(1.44269504f));
-    const f32x8 whole = to_float(n);
-    const f32x8 r = (x - whole * splat(0.693359375f)) + whole * splat(2.12194440e-4f);
-    f32x8 p = splat(1.0f / 5040);
-    p = p * r + splat(1.0f / 720);
-    p = p * r + splat(1.0f / 120);
-    p = p * r + splat(1.0f / 24);
-    p = p * r + splat(1.0f / 6);
-    p = p * r + splat(0.5f);
-    p = p * r + splat(1.0f);
-    p = p * r + splat(1.0f);
+    const ints_of<F> n = round_to_int(select(x == x, x, F{}) * 1.44269504f);
+    const F whole = __builtin_convertvector(n, F);
+    const F r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+    F p = all<F>(1.0f / 5040);
+    p = p * r + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
     // n reaches 128 at the upper end, where 2^n alone would overflow: two factors.
-    const i32x8 half = n >> 1;
-    const f32x8 scale_a = reinterpret_cast<f32x8>((half + 127) << 23);
-    const f32x8 scale_b = reinterpret_cast<f32x8>((n - half + 127) << 23);
-    const f32x8 result = p * scale_a * scale_b;
-    return select(over, splat(__builtin_inff()), select(under, splat(0.0f), result));
+    const ints_of<F> half = n >> 1;
+    const F scale_a = reinterpret_cast<F>((half + 127) << 23);
+    const F scale_b = reinterpret_cast<F>((n - half + 127) << 23);
+    const F result = p * scale_a * scale_b;
+    return select(over, all<F>(__builtin_inff()), select(under, F{}, result));
 }
 
 }  // namespace tokenloom
