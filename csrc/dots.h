@@ -94,6 +94,57 @@ static inline void dots_q8(const uint8_t* w, const int8_t* a, ptrdiff_t stride, 
     for (int m = 0; m < M; ++m) out[m] = reinterpret_cast<i32x8>(acc[m]);
 }
 
+#if defined(__AVX512VNNI__)
+
+// The same for two blocks at once, the first in the lower lanes, the second in the upper ones.
+
+static inline __m512i both_loaded(const uint8_t* w0, const uint8_t* w1) {
+    const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w0));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w1)), 1);
+}
+
+static inline f32xw load_halves(const uint16_t* p0, const uint16_t* p1) {
+    const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p0));
+    const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p1));
+    return reinterpret_cast<f32xw>(_mm512_cvtph_ps(_mm256_set_m128i(high, low)));
+}
+
+template <int M>
+static inline void dots_q4(const uint8_t* w0, const uint8_t* w1, const int8_t* a, ptrdiff_t stride, i32xw* out) {
+    const __m512i nibble = _mm512_set1_epi8(15);
+    __m512i acc[M];
+    for (int m = 0; m < M; ++m) acc[m] = _mm512_setzero_si512();
+    for (int v = 0; v < 4; ++v) {
+        const __m512i both = both_loaded(w0 + 32 * v, w1 + 32 * v);
+        const __m512i low = _mm512_and_si512(both, nibble);
+        const __m512i high = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
+        for (int m = 0; m < M; ++m) {
+            const int8_t* row = a + m * stride + 4 * v;
+            acc[m] = _mm512_dpbusd_epi32(acc[m], low, _mm512_set1_epi32(four_bytes(row)));
+            acc[m] = _mm512_dpbusd_epi32(acc[m], high, _mm512_set1_epi32(four_bytes(row + 16)));
+        }
+    }
+    for (int m = 0; m < M; ++m) out[m] = reinterpret_cast<i32xw>(acc[m]);
+}
+
+template <int M>
+static inline void dots_q8(const uint8_t* w0, const uint8_t* w1, const int8_t* a, ptrdiff_t stride, i32xw* out) {
+    __m512i acc[M];
+    for (int m = 0; m < M; ++m) acc[m] = _mm512_setzero_si512();
+    for (int v = 0; v < 8; ++v) {
+        const __m512i weights = both_loaded(w0 + 32 * v, w1 + 32 * v), size = _mm512_abs_epi8(weights);
+        const __mmask64 negative = _mm512_movepi8_mask(weights);
+        for (int m = 0; m < M; ++m) {
+            const __m512i x = _mm512_set1_epi32(four_bytes(a + m * stride + 4 * v));
+            const __m512i signed_x = _mm512_mask_sub_epi8(x, negative, _mm512_setzero_si512(), x);
+            acc[m] = _mm512_dpbusd_epi32(acc[m], size, signed_x);
+        }
+    }
+    for (int m = 0; m < M; ++m) out[m] = reinterpret_cast<i32xw>(acc[m]);
+}
+
+#endif
+
 #elif defined(__ARM_NEON) && defined(__ARM_FEATURE_DOTPROD)
 
 static inline f32x8 load_half(const uint16_t* p) {

@@ -15,11 +15,12 @@ namespace tokenloom {
 namespace TOKENLOOM_ISA {
 namespace {
 
-constexpr int TILE = 4;         // activation rows that share the unpacking of a weight
+constexpr int TILE = WIDE == 16 ? 8 : 4;  // activation rows that share the unpacking of a weight
+constexpr int FEW_ROWS = 4;
 constexpr int ROW_BLOCK = 64;   // activation rows that stay in the L2 cache while weights pass by
 constexpr int PREFETCH = 2048;  // bytes of weights, asked for before the first rows meet them
 constexpr int PIECES = 16;      // pieces per thread, so that nobody waits long for the last
-constexpr int FEW_PIECES = 4;   // with few rows memory is what limits, and long runs of weights read faster
+constexpr int FEW_PIECES = 4;   // with so few rows memory is what limits, and long runs of weights read faster
 
 int pieces_of(int count, int threads, int least, int most) {
     const int wanted = std::max(1, count / least);

@@ -99,16 +99,81 @@ inline void tile(const uint8_t* w, int blocks, const Activations& x, int row, bo
     for (int m = 0; m < M; ++m) out[m] = acc[m];
 }
 
-template <Format F>
-inline void tiles(const uint8_t* w, int blocks, const Activations& x, int row, int rows, f32x8* out) {
-    int m = 0;
-    for (; m + TILE <= rows; m += TILE) tile<F, TILE>(w, blocks, x, row + m, m == 0, out + m);
-    switch (rows - m) {
-        case 3: tile<F, 3>(w, blocks, x, row + m, m == 0, out + m); break;
-        case 2: tile<F, 2>(w, blocks, x, row + m, m == 0, out + m); break;
-        case 1: tile<F, 1>(w, blocks, x, row + m, m == 0, out + m); break;
-        default: break;
+#if defined(__AVX512VNNI__)
+
+template <Format F, int M>
+inline void tile_of_two(const uint8_t* w0, const uint8_t* w1, int blocks, const Activations& x, int row, bool ahead,
+                        f32x8* out0, f32x8* out1) {
+    const ptrdiff_t stride = x.columns;
+    const int8_t* a = x.q + row * stride;
+    const float* scale = x.scale + static_cast<size_t>(row) * blocks;
+    const float* sum = x.sum + static_cast<size_t>(row) * blocks;
+    f32xw acc[M];
+    for (int m = 0; m < M; ++m) acc[m] = f32xw{};
+    for (int b = 0; b < blocks; ++b) {
+        if (ahead) {
+            prefetch(w0 + PREFETCH, block_bytes(F));
+            prefetch(w1 + PREFETCH, block_bytes(F));
+        }
+        i32xw products[M];
+        if constexpr (F == Format::Q8_0) {
+            dots_q8<M>(w0, w1, a + b * BLOCK, stride, products);
+        } else {
+            dots_q4<M>(w0, w1, a + b * BLOCK, stride, products);
+        }
+        const auto* halves0 = reinterpret_cast<const uint16_t*>(w0 + quant_bytes(F));
+        const auto* halves1 = reinterpret_cast<const uint16_t*>(w1 + quant_bytes(F));
+        const f32xw d = load_halves(halves0, halves1);
+        for (int m = 0; m < M; ++m) {
+            f32xw value = __builtin_convertvector(products[m], f32xw) * scale[m * blocks + b];
+            if constexpr (F == Format::Q4_0) value -= 8.0f * sum[m * blocks + b];
+            acc[m] += d * value;
+        }
+        if constexpr (F == Format::Q4_1) {
+            const f32xw offset = load_halves(halves0 + GROUP, halves1 + GROUP);
+            for (int m = 0; m < M; ++m) acc[m] += offset * sum[m * blocks + b];
+        }
+        w0 += block_bytes(F);
+        w1 += block_bytes(F);
     }
+    for (int m = 0; m < M; ++m) {
+        memcpy(&out0[m], &acc[m], sizeof(f32x8));
+        memcpy(&out1[m], reinterpret_cast<const char*>(&acc[m]) + sizeof(f32x8), sizeof(f32x8));
+    }
+}
+
+#endif
+
+// Two groups of weight rows (the second may be null) times M activation rows.
+template <Format F, int M>
+inline void tile(const uint8_t* w0, const uint8_t* w1, int blocks, const Activations& x, int row, bool ahead,
+                 f32x8* out0, f32x8* out1) {
+#if defined(__AVX512VNNI__)
+    if (w1) return tile_of_two<F, M>(w0, w1, blocks, x, row, ahead, out0, out1);
+#endif
+    tile<F, M>(w0, blocks, x, row, ahead, out0);
+    if (w1) tile<F, M>(w1, blocks, x, row, ahead, out1);
+}
+
+// The same for the rows that are left when tiles of M + 1 no longer fit.
+template <Format F, int M>
+inline void rest(const uint8_t* w0, const uint8_t* w1, int blocks, const Activations& x, int row, int rows, bool ahead,
+                 f32x8* out0, f32x8* out1) {
+    if (rows == M) {
+        tile<F, M>(w0, w1, blocks, x, row, ahead, out0, out1);
+    } else if constexpr (M > 1) {
+        rest<F, M - 1>(w0, w1, blocks, x, row, rows, ahead, out0, out1);
+    }
+}
+
+template <Format F>
+inline void tiles(const uint8_t* w0, const uint8_t* w1, int blocks, const Activations& x, int row, int rows,
+                  f32x8* out0, f32x8* out1) {
+    int m = 0;
+    for (; m + TILE <= rows; m += TILE) {
+        tile<F, TILE>(w0, w1, blocks, x, row + m, m == 0, out0 + m, out1 + m);
+    }
+    if (m < rows) rest<F, TILE - 1>(w0, w1, blocks, x, row + m, rows - m, m == 0, out0 + m, out1 + m);
 }
 
 inline f32x8 bias_of(const Weight& w, int g) {
@@ -135,25 +200,34 @@ void linear_of(Work& work, const Weight& w, const Activations& x, Then then, flo
     const int row_blocks = (x.rows + ROW_BLOCK - 1) / ROW_BLOCK;
     // Few rows: pieces of at least 16 KiB of weights. Many rows: more than that per piece anyway.
     const int least = std::max(1, 16384 / (blocks * block_bytes(F)));
-    const bool few = x.rows <= TILE;
+    const bool few = x.rows <= FEW_ROWS;
     const int pieces = few ? pieces_of(groups, work.threads(), least, FEW_PIECES)
                             : pieces_of(groups, work.threads(), 1, PIECES);
     work.each(pieces * row_blocks, [&](int piece) {
         const int first = piece / pieces * ROW_BLOCK, rows = std::min(ROW_BLOCK, x.rows - first);
         const int p = piece % pieces;
-        f32x8 y[ROW_BLOCK], up[ROW_BLOCK];
-        for (int g = begin_of(p, pieces, groups); g < begin_of(p + 1, pieces, groups); ++g) {
-            tiles<F>(w.group(g), blocks, x, first, rows, y);
-            const f32x8 bias = bias_of(w, g);
+        // One half of the columns beside the other for SiluMul, else neighbours.
+        const bool gated = then == Then::SiluMul;
+        f32x8 y[2][ROW_BLOCK];
+        const int end = begin_of(p + 1, pieces, groups), step = gated ? 1 : 2;
+        for (int g = begin_of(p, pieces, groups); g < end; g += step) {
+            const int second = gated ? g + groups : g + 1;
+            const bool two = gated || second < end;
+            tiles<F>(w.group(g), two ? w.group(second) : nullptr, blocks, x, first, rows, y[0], y[1]);
             float* to = out + static_cast<ptrdiff_t>(first) * stride + g * GROUP;
-            if (then == Then::SiluMul) {
-                tiles<F>(w.group(g + groups), blocks, x, first, rows, up);
-                const f32x8 up_bias = bias_of(w, g + groups);
-                for (int t = 0; t < rows; ++t) store(to + t * stride, silu(y[t] + bias) * (up[t] + up_bias));
+            const f32x8 bias[] = {bias_of(w, g), two ? bias_of(w, second) : splat(0.0f)};
+            if (gated) {
+                for (int t = 0; t < rows; ++t) {
+                    store(to + t * stride, silu(y[0][t] + bias[0]) * (y[1][t] + bias[1]));
+                }
                 continue;
             }
-            const int count = w.rows - g * GROUP;
-            for (int t = 0; t < rows; ++t) put(to + t * stride, y[t] + bias, count, then == Then::Add);
+            for (int i = 0; i < (two ? 2 : 1); ++i) {
+                const int count = w.rows - (g + i) * GROUP;
+                for (int t = 0; t < rows; ++t) {
+                    put(to + t * stride + i * GROUP, y[i][t] + bias[i], count, then == Then::Add);
+                }
+            }
         }
     });
 }
