@@ -55,6 +55,11 @@ struct Kernels {
     void (*rms_norm)(Work& work, const float* x, ptrdiff_t x_stride, const float* weight, float eps, int rows,
                      int width, float* out, ptrdiff_t out_stride);
     void (*silu_mul)(Work& work, const float* gate_up, ptrdiff_t stride, int rows, int width, float* out);
+    void (*rms_norm_backward)(Work& work, float* dx, ptrdiff_t dx_stride, const float* dy, ptrdiff_t dy_stride,
+                              const float* x, ptrdiff_t x_stride, const float* weight, float eps, int rows,
+                              int width);  // adds to dx
+    void (*silu_mul_backward)(Work& work, const float* dy, ptrdiff_t dy_stride, const float* gate_up,
+                              ptrdiff_t stride, int rows, int width, float* out);
     // qkv [T, (Hq + 2 Hk) D]: normalises (where given) and rotates q and k in place, stores k and v.
     void (*rope_append)(Work& work, float* qkv, int rows, const AttentionShape& shape, const float* q_norm,
                         const float* k_norm, float eps, const float* cos, const float* sin,

@@ -281,6 +281,38 @@ void silu_mul(Rows gate_up, Out out, int threads) {
     });
 }
 
+void rms_norm_backward(Out dx, Rows dy, Rows x, Vector<float> weight, float eps, int threads) {
+    check_rows(dx, "dx");
+    check_rows(dy, "dy");
+    check_rows(x, "x");
+    for (int i = 0; i < 2; ++i) {
+        if (dx.shape(i) != x.shape(i) || dy.shape(i) != x.shape(i)) bad("rms_norm_backward: shapes differ");
+    }
+    if (x.shape(1) != weight.shape(0)) bad("rms_norm_backward: shapes differ");
+    nb::gil_scoped_release release;
+    run_team(threads, [&](Team& team) {
+        Work work(team, threads);
+        isa().rms_norm_backward(work, dx.data(), dx.stride(0), dy.data(), dy.stride(0), x.data(), x.stride(0),
+                                weight.data(), eps, static_cast<int>(x.shape(0)), static_cast<int>(x.shape(1)));
+    });
+}
+
+void silu_mul_backward(Rows dy, Rows gate_up, Out out, int threads) {
+    check_rows(dy, "dy");
+    check_rows(gate_up, "gate_up");
+    const auto rows = dy.shape(0), width = dy.shape(1);
+    if (gate_up.shape(0) != rows || gate_up.shape(1) != 2 * width || out.shape(0) != rows ||
+        out.shape(1) != 2 * width || out.stride(0) != static_cast<int64_t>(2 * width)) {
+        bad("silu_mul_backward: wrong shape");
+    }
+    nb::gil_scoped_release release;
+    run_team(threads, [&](Team& team) {
+        Work work(team, threads);
+        isa().silu_mul_backward(work, dy.data(), dy.stride(0), gate_up.data(), gate_up.stride(0),
+                                static_cast<int>(rows), static_cast<int>(width), out.data());
+    });
+}
+
 void attention(Heads q, const KV& kv, int layer, Table table, Vector<int32_t> blocks, int block_size, int window,
                HeadsOut out, int threads) {
     const int head_dim = static_cast<int>(q.shape(2));
@@ -384,6 +416,9 @@ NB_MODULE(_native, m) {
     m.def("unpack", &unpack, "weight"_a, "rows"_a, "out"_a.noconvert(), "threads"_a);
     m.def("rms_norm", &rms_norm, "x"_a, "weight"_a, "eps"_a, "out"_a.noconvert(), "threads"_a);
     m.def("silu_mul", &silu_mul, "gate_up"_a, "out"_a.noconvert(), "threads"_a);
+    m.def("rms_norm_backward", &rms_norm_backward, "dx"_a.noconvert(), "dy"_a, "x"_a, "weight"_a, "eps"_a,
+          "threads"_a, "Adds to dx.");
+    m.def("silu_mul_backward", &silu_mul_backward, "dy"_a, "gate_up"_a, "out"_a.noconvert(), "threads"_a);
     m.def("attention", &attention, "q"_a, "kv"_a, "layer"_a, "spans"_a, "blocks"_a, "block_size"_a, "window"_a,
           "out"_a.noconvert(), "threads"_a);
     m.def("top", &top, "x"_a, "values"_a.noconvert(), "ids"_a.noconvert(), "norms"_a.noconvert(), "threads"_a);

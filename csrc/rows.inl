@@ -23,6 +23,59 @@ void silu_mul(Work& work, const float* gate_up, ptrdiff_t stride, int rows, int 
     });
 }
 
+void rms_norm_backward(Work& work, float* dx, ptrdiff_t dx_stride, const float* dy, ptrdiff_t dy_stride,
+                       const float* x, ptrdiff_t x_stride, const float* weight, float eps, int rows, int width) {
+    work.each(rows, [&](int t) {
+        const float *g = dy + t * dy_stride, *from = x + t * x_stride;
+        float* to = dx + t * dx_stride;
+        const float factor = inverse_rms(from, width, eps);
+        f32xw sums_of{};
+        int i = 0;
+        for (; i + WIDE <= width; i += WIDE) {
+            sums_of += load_wide(g + i) * load_wide(weight + i) * load_wide(from + i);
+        }
+        const int whole = i;
+        float along = 0.0f;
+        for (int j = 0; j < WIDE; ++j) along += sums_of[j];
+        for (; i < width; ++i) along += g[i] * weight[i] * from[i];
+        along *= factor * factor * factor / static_cast<float>(width);
+        for (i = 0; i < whole; i += WIDE) {
+            const f32xw v = load_wide(g + i) * load_wide(weight + i) * factor - load_wide(from + i) * along;
+            store_wide(to + i, load_wide(to + i) + v);
+        }
+        for (; i < width; ++i) to[i] += g[i] * weight[i] * factor - from[i] * along;
+    });
+}
+
+// d silu / d gate = sigmoid + silu * (1 - sigmoid), where silu = gate * sigmoid.
+template <class F>
+inline void silu_mul_gradient(F dy, F gate, F up, F& d_gate, F& d_up) {
+    const F sigmoid = all<F>(1.0f) / (all<F>(1.0f) + exp(-gate)), silu = gate * sigmoid;
+    d_gate = (sigmoid + silu * (1.0f - sigmoid)) * up * dy;
+    d_up = dy * silu;
+}
+
+void silu_mul_backward(Work& work, const float* dy, ptrdiff_t dy_stride, const float* gate_up, ptrdiff_t stride,
+                       int rows, int width, float* out) {
+    work.each(rows, [&](int t) {
+        const float *g = dy + t * dy_stride, *gate = gate_up + t * stride, *up = gate + width;
+        float* to = out + static_cast<ptrdiff_t>(t) * 2 * width;
+        int i = 0;
+        for (; i + WIDE <= width; i += WIDE) {
+            f32xw d_gate, d_up;
+            silu_mul_gradient(load_wide(g + i), load_wide(gate + i), load_wide(up + i), d_gate, d_up);
+            store_wide(to + i, d_gate);
+            store_wide(to + width + i, d_up);
+        }
+        for (; i < width; ++i) {
+            f32x8 d_gate, d_up;
+            silu_mul_gradient(splat(g[i]), splat(gate[i]), splat(up[i]), d_gate, d_up);
+            to[i] = d_gate[0];
+            to[width + i] = d_up[0];
+        }
+    });
+}
+
 void rotate(float* x, int head_dim, const float* cos, const float* sin) {
     const int half = head_dim / 2;
     int i = 0;

@@ -91,6 +91,61 @@ def test_the_exponential_is_right_over_its_whole_range(isa: str) -> None:
     torch.testing.assert_close(out, expected, rtol=1e-6, atol=0)
 
 
+@few
+@given(st.integers(0, 5), st.integers(1, 90), st.floats(1e-2, 1e2), st.sampled_from(ISAS), seeds)
+def test_rms_norm_backward_is_autograds(rows: int, width: int, size: float, isa: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    native.use_isa(isa)
+    weight, before = torch.randn(width), torch.randn(rows, width + 3)
+    x, dy = (torch.randn(rows, width + 2)[:, 1 : width + 1] * size for _ in range(2))
+    wide = x.double().requires_grad_()
+    REFERENCE.rms_norm(wide, weight.double(), 1e-5).backward(dy.double())
+    assert wide.grad is not None
+    expected = before[:, 2 : width + 2].double() + wide.grad
+    ours, reference = before.clone(), before.double()
+    native.rms_norm_backward(ours[:, 2 : width + 2], dy, x, weight, 1e-5, 2)
+    torch.testing.assert_close(ours[:, 2 : width + 2].double(), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(ours[:, :2], before[:, :2]) and torch.equal(ours[:, -1], before[:, -1])
+    args = (dy.double(), x.double(), weight.double(), 1e-5)
+    REFERENCE.rms_norm_backward(reference[:, 2 : width + 2], *args)
+    torch.testing.assert_close(reference[:, 2 : width + 2], expected, rtol=1e-9, atol=1e-9)
+
+
+@few
+@given(st.integers(0, 5), st.integers(1, 90), st.floats(1e-2, 30), st.sampled_from(ISAS), seeds)
+def test_silu_mul_backward_is_autograds(rows: int, width: int, size: float, isa: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    native.use_isa(isa)
+    gate_up, dy = torch.randn(rows, 2 * width + 3)[:, 1:-2] * size, torch.randn(rows, width + 1)[:, 1:]
+    wide = gate_up.double().requires_grad_()
+    REFERENCE.silu_mul(wide).backward(dy.double())
+    out = torch.empty(rows, 2 * width)
+    native.silu_mul_backward(dy, gate_up, out, 2)
+    torch.testing.assert_close(out.double(), wide.grad, rtol=1e-5, atol=1e-5)
+    reference = REFERENCE.silu_mul_backward(dy.double(), gate_up.double())
+    torch.testing.assert_close(reference, wide.grad, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_gradients_of_a_row_that_is_not_finite_show_it(value: float) -> None:
+    x, dy, dx, weight = torch.randn(3, 24), torch.randn(3, 24), torch.zeros(3, 24), torch.ones(24)
+    dy[1, 5] = value
+    native.rms_norm_backward(dx, dy, x, weight, 1e-5, 1)
+    assert dx.isfinite().all(1).tolist() == [True, False, True]
+    out = torch.empty(3, 48)
+    native.silu_mul_backward(dy, torch.randn(3, 48), out, 1)
+    assert out.isfinite().all(1).tolist() == [True, False, True]
+
+
+def test_gradients_refuse_shapes_that_differ() -> None:
+    with pytest.raises(ValueError, match="shapes differ"):
+        native.rms_norm_backward(
+            torch.zeros(2, 8), torch.zeros(3, 8), torch.zeros(2, 8), torch.ones(8), 1e-5, 1
+        )
+    with pytest.raises(ValueError, match="wrong shape"):
+        native.silu_mul_backward(torch.zeros(2, 8), torch.zeros(2, 14), torch.zeros(2, 16), 1)
+
+
 def largest(x: Tensor, k: int, threads: int = 2) -> tuple[Tensor, Tensor, Tensor]:
     values, ids = torch.empty(len(x), k), torch.empty(len(x), k, dtype=torch.int64)
     norms = torch.empty(len(x))

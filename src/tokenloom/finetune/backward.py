@@ -77,16 +77,16 @@ class LayerBackward:
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.eps = config.rms_norm_eps
 
-    def run(self, w: Window, kept: Kept, dy: Tensor, dk: Tensor, dv: Tensor, need_dx: bool) -> Tensor:
-        """The gradient that leaves the layer below, `[n, d]`; those of parameters are added to `w.grads`.
+    def run(self, w: Window, kept: Kept, dy: Tensor, dk: Tensor, dv: Tensor, need_dx: bool) -> None:
+        """Turn dy into the gradient of the layer's input; those of parameters are added to `w.grads`.
 
         Windows of a layer come right to left: by then `dk` and `dv` hold what later rows give to this
         window's keys and values, and the window adds its own share before it reads them.
 
         Args:
-            dy: `[n, d]`, gradient of what the layer puts out.
+            dy: `[n, d]`, gradient of what the layer puts out; overwritten.
             dk, dv: `[Hk, T, D]`, gradients of the layer's (rotated) keys and values.
-            need_dx: False below which nothing is wanted: the result is then meaningless.
+            need_dx: False where nothing is wanted of the layers below: dy is then meaningless.
         """
         kernels, layer, eps = self.model.kernels, w.layer, self.eps
         n1 = kernels.rms_norm(kept.x, layer.input_norm, eps)
@@ -104,10 +104,10 @@ class LayerBackward:
         if gate_up is None:
             gate_up = self._forward(w, "gate_up", layer.gate_up, n2)
         d_hidden = self._linear(w, "down", layer.down, dy, kernels.silu_mul(gate_up))
-        d_n2 = self._linear(w, "gate_up", layer.gate_up, _silu_mul_backward(d_hidden, gate_up), n2)
-        d_residual = dy + rms_norm_backward(d_n2, residual, layer.post_norm, eps)
+        d_n2 = self._linear(w, "gate_up", layer.gate_up, kernels.silu_mul_backward(d_hidden, gate_up), n2)
+        kernels.rms_norm_backward(dy, d_n2, residual, layer.post_norm, eps)
 
-        d_attended = self._linear(w, "o", layer.o, d_residual, attended)
+        d_attended = self._linear(w, "o", layer.o, dy, attended)
         d_qkv = torch.empty(
             len(dy), self.heads + 2 * self.kv_heads, self.head_dim, dtype=dy.dtype, device=dy.device
         )
@@ -120,18 +120,13 @@ class LayerBackward:
         turned = kernels.rope(d_qkv[:, : self.heads + self.kv_heads], w.inverse_rotation)
         if layer.q_norm is not None and layer.k_norm is not None:
             raw = self._forward(w, "qkv", layer.qkv, n1).view(d_qkv.shape)
-            turned = torch.cat(
-                (
-                    rms_norm_backward(turned[:, q], raw[:, q], layer.q_norm, eps),
-                    rms_norm_backward(turned[:, k], raw[:, k], layer.k_norm, eps),
-                ),
-                dim=1,
-            )
+            normed, turned = turned, torch.zeros_like(turned)
+            kernels.rms_norm_backward(turned[:, q], normed[:, q], raw[:, q], layer.q_norm, eps)
+            kernels.rms_norm_backward(turned[:, k], normed[:, k], raw[:, k], layer.k_norm, eps)
         d_qkv[:, : self.heads + self.kv_heads] = turned
         d_n1 = self._linear(w, "qkv", layer.qkv, d_qkv.flatten(1), n1, need_dx)
-        if not need_dx:
-            return d_residual
-        return d_residual + rms_norm_backward(d_n1, kept.x, layer.input_norm, eps)
+        if need_dx:
+            kernels.rms_norm_backward(dy, d_n1, kept.x, layer.input_norm, eps)
 
     def _query(self, w: Window, n1: Tensor) -> Tensor:
         """The window's rotated queries, `[n, Hq * D]`."""
@@ -221,25 +216,3 @@ class LayerBackward:
         dk[:, keys].baddbmm_(ds.transpose(1, 2), self._grouped(query[rows]), alpha=scale)
         dq = torch.matmul(ds, self._read(self.keys, w, part)).mul_(scale)
         d_qkv[rows, : self.heads] = self._ungrouped(dq, part.end - part.begin)
-
-
-def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Gradient of the input of RMSNorm; all `[..., d]`."""
-    scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
-    t = dy * weight
-    normed = x * scale
-    return (t - normed * (t * normed).mean(-1, keepdim=True)).mul_(scale)
-
-
-def _silu_mul_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
-    """dy `[n, ff]` -> gradient of gate_up `[n, 2 * ff]`."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    out = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
-    d_gate, d_up = out.chunk(2, dim=-1)
-    sigmoid = torch.sigmoid(gate)
-    silu = gate * sigmoid
-    torch.mul(dy, silu, out=d_up)
-    # d silu / d gate = sigmoid * (1 + gate * (1 - sigmoid)) = sigmoid + silu * (1 - sigmoid)
-    torch.addcmul(sigmoid, silu, 1 - sigmoid, out=d_gate)
-    d_gate.mul_(up).mul_(dy)
-    return out

@@ -12,7 +12,7 @@ from torch import Tensor
 from tokenloom.batch import BatchBuilder, Keep, SegmentKind
 from tokenloom.cache.block_table import BlockTable
 from tokenloom.engine.engine import Engine
-from tokenloom.finetune.backward import AttentionPart, Kept, LayerBackward, Window, rms_norm_backward
+from tokenloom.finetune.backward import AttentionPart, Kept, LayerBackward, Window
 from tokenloom.finetune.data import Sample
 from tokenloom.finetune.objective import LossSums, Objective
 from tokenloom.finetune.retained import Retain, Retained, blocks_needed
@@ -196,7 +196,9 @@ class TrainingPass:
             # Rows before and between the labelled ones have no loss of their own.
             begin = self.labelled[first - 1] + 1 if first else 0
             self.hidden[begin : self.labelled[last - 1] + 1] = 0
-            self.hidden[at] = rms_norm_backward(d_normed, x, model.norm, eps)
+            d_hidden = torch.zeros_like(x)
+            model.kernels.rms_norm_backward(d_hidden, d_normed, x, model.norm, eps)
+            self.hidden[at] = d_hidden
         self.num_losses = last
         if last == len(self.labelled):
             self.phase = Phase.DONE if self.grads is None else Phase.BACKWARD
@@ -247,8 +249,7 @@ class TrainingPass:
             query=read(n, "query", begin, end) if "query" in sites else None,
             gate_up=read(n, "gate_up", begin, end) if "gate_up" in sites else None,
         )
-        dy = self.hidden[begin:end]
-        self.hidden[begin:end] = self.backward.run(window, kept, dy, self.dk, self.dv, need_dx=n > 0)
+        self.backward.run(window, kept, self.hidden[begin:end], self.dk, self.dv, need_dx=n > 0)
         self.end = begin
         if begin == 0:
             self.layer, self.end = n - 1, self.num_rows

@@ -54,6 +54,19 @@ class CpuKernels(TorchKernels):
         native.silu_mul(gate_up, out, torch.get_num_threads())
         return out
 
+    def rms_norm_backward(self, dx: Tensor, dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
+        if any(t.dtype != torch.float32 or t.dim() != 2 or t.stride(-1) != 1 for t in (dx, dy, x)):
+            super().rms_norm_backward(dx, dy, x, weight, eps)
+        else:
+            native.rms_norm_backward(dx, dy, x, weight, eps, torch.get_num_threads())
+
+    def silu_mul_backward(self, dy: Tensor, gate_up: Tensor) -> Tensor:
+        if any(t.dtype != torch.float32 or t.stride(-1) != 1 for t in (dy, gate_up)):
+            return super().silu_mul_backward(dy, gate_up)
+        out = torch.empty(gate_up.shape)
+        native.silu_mul_backward(dy, gate_up, out, torch.get_num_threads())
+        return out
+
     def attention(
         self, q: Tensor, kv: KVCache, layer: int, spans: list[KVSpan], window: int | None = None
     ) -> Tensor:

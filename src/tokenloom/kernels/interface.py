@@ -121,6 +121,12 @@ class Kernels(Protocol):
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """gate_up `[T, 2 * ff]` -> silu(gate) * up, `[T, ff]`."""
 
+    def rms_norm_backward(self, dx: Tensor, dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
+        """dx `[..., d]` += the gradient of `rms_norm`'s x by that of its result, dy; all may be strided."""
+
+    def silu_mul_backward(self, dy: Tensor, gate_up: Tensor) -> Tensor:
+        """The gradient of `silu_mul`'s gate_up, `[T, 2 * ff]`, by that of its result, dy `[T, ff]`."""
+
     def rotation(self, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """What `rope` reads, from float32 cos and sin `[T, D / 2]`: prepared once, used by every layer."""
 

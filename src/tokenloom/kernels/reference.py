@@ -44,6 +44,18 @@ class ReferenceKernels:
         gate, up = gate_up.to(_wide(gate_up.dtype)).chunk(2, dim=-1)
         return (gate / (1 + torch.exp(-gate)) * up).to(gate_up.dtype)
 
+    def rms_norm_backward(self, dx: Tensor, dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
+        wide, d_normed = x.to(_wide(x.dtype)), (dy * weight).to(_wide(x.dtype))
+        mean = wide.pow(2).mean(-1, keepdim=True) + eps
+        along = (d_normed * wide).mean(-1, keepdim=True) / mean
+        dx += ((d_normed - wide * along) / mean.sqrt()).to(x.dtype)
+
+    def silu_mul_backward(self, dy: Tensor, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.to(_wide(gate_up.dtype)).chunk(2, dim=-1)
+        sigmoid = 1 / (1 + torch.exp(-gate))
+        d_gate = dy * up * (sigmoid + gate * sigmoid * (1 - sigmoid))
+        return torch.cat((d_gate, dy * gate * sigmoid), dim=-1).to(gate_up.dtype)
+
     def rotation(self, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return cos[:, None].to(dtype), sin[:, None].to(dtype)
 

@@ -52,6 +52,24 @@ class TorchKernels:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
 
+    def rms_norm_backward(self, dx: Tensor, dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
+        scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+        t = dy * weight
+        normed = x * scale
+        dx += (t - normed * (t * normed).mean(-1, keepdim=True)).mul_(scale)
+
+    def silu_mul_backward(self, dy: Tensor, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        out = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
+        d_gate, d_up = out.chunk(2, dim=-1)
+        sigmoid = torch.sigmoid(gate)
+        silu = gate * sigmoid
+        torch.mul(dy, silu, out=d_up)
+        # d silu / d gate = sigmoid * (1 + gate * (1 - sigmoid)) = sigmoid + silu * (1 - sigmoid)
+        torch.addcmul(sigmoid, silu, 1 - sigmoid, out=d_gate)
+        d_gate.mul_(up).mul_(dy)
+        return out
+
     def rotation(self, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return (
             torch.cat((cos, cos), dim=-1)[:, None].to(dtype),
