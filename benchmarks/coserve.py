@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import statistics
@@ -282,19 +283,21 @@ def worker(
     return result
 
 
-def measure(args: argparse.Namespace, load: float, full_rate: float, alone: float) -> list[dict[str, Any]]:
-    """All modes at one load, one trace after the other, so that a slow spell of the machine meets each.
+def measure(args: argparse.Namespace, load: float, full_rate: float) -> list[dict[str, Any]]:
+    """All modes at one load, and the job alone, by turns: a slow spell of the machine should meet each.
 
     "separate p": a share p of the machines serves, each at rate / p, the others train.
     """
     modes = {mode: (mode, 1.0) for mode in args.modes.split(",")}
     modes |= {f"separate {float(p):.0%}": ("off", float(p)) for p in args.shares.split(",") if p}
+    modes["ft_only"] = ("ft_only", math.inf)
     seconds = args.seconds * (2 if load < LIGHT else 1)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in modes}
     for seed in range(1, args.repeats + 1):
         for name, (mode, share) in modes.items():
             runs[name].append(worker(args, mode, load * full_rate / share, seconds, seed))
     rows = []
+    alone = summary("ft_only", 0.0, runs["ft_only"])["finetuning_tokens_per_s"]
     for name, (_, share) in modes.items():
         row = summary(name, load * full_rate, runs[name]) | {"load": load}
         if name.startswith("separate"):
@@ -321,7 +324,7 @@ def show(row: dict[str, Any]) -> None:
     )
 
 
-def plot(rows: list[dict[str, Any]], alone: float, file: Path) -> None:
+def plot(rows: list[dict[str, Any]], file: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -335,18 +338,19 @@ def plot(rows: list[dict[str, Any]], alone: float, file: Path) -> None:
     ]
     for axis, (title, value, unit) in zip(axes, pictures, strict=True):
         for mode in dict.fromkeys(row["mode"] for row in rows):
+            if mode == "ft_only" and unit != "tokens/s":
+                continue
             points = sorted((row["load"], value(row)) for row in rows if row["mode"] == mode)
             style = ":" if mode.startswith("separate") else "-"
             axis.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=mode)
         axis.set(title=title, xlabel="load (1 = saturated by inference alone)", ylabel=unit)
     axes[1].set_yscale("log")
-    axes[2].axhline(alone, color="gray", linewidth=0.8)
     axes[2].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(file, dpi=120)
 
 
-def verdict(rows: list[dict[str, Any]], alone: float) -> None:
+def verdict(rows: list[dict[str, Any]]) -> None:
     """The targets, each beside what was found."""
     at = {(row["mode"], row["load"]): row for row in rows}
     loads = sorted({row["load"] for row in rows})
@@ -355,6 +359,7 @@ def verdict(rows: list[dict[str, Any]], alone: float) -> None:
         if any((mode, load) not in at for mode in ("off", "coserve", "temporal")):
             continue
         off, co, temporal = at["off", load], at["coserve", load], at["temporal", load]
+        alone = at["ft_only", load]["finetuning_tokens_per_s"]
         print(
             f"{load:4.2f}  {100 * (co['attainment'] - off['attainment']):20.1f}"
             f"  {temporal['gap_ms']['p99'] / max(1e-9, co['gap_ms']['p99']):31.1f}"
@@ -364,7 +369,7 @@ def verdict(rows: list[dict[str, Any]], alone: float) -> None:
     lost = [
         (row["mode"], row["load"], row["finetuning_tokens_per_s"], at["coserve", row["load"]])
         for row in rows
-        if row["mode"] not in ("off", "coserve")
+        if row["mode"] not in ("off", "coserve", "ft_only")
         and row["finetuning_tokens_per_s"] > at["coserve", row["load"]]["finetuning_tokens_per_s"]
         and row["attainment"] >= at["coserve", row["load"]]["attainment"] - 0.03
     ]
@@ -404,16 +409,14 @@ def main() -> None:
         f"{args.ttft_ms:.0f} ms; load 1 = {found['rate']:.2f} requests/s; "
         f"profile took {found['profile_s']:.0f} s"
     )
-    run = worker(args, "ft_only", 0.0, args.seconds)
-    alone = run["trained"] / run["seconds"]
-    print(f"ft_only: {alone:.1f} tokens/s\n{HEADER}")
+    print(HEADER)
     loads = map(float, args.loads.split(","))
-    rows = [row for load in loads for row in measure(args, load, found["rate"], alone)]
+    rows = [row for load in loads for row in measure(args, load, found["rate"])]
     args.out.mkdir(parents=True, exist_ok=True)
-    results = {"calibration": found, "ft_only_tokens_per_s": alone, "rows": rows}
+    results = {"calibration": found, "rows": rows}
     (args.out / "coserve.json").write_text(json.dumps(results, indent=1) + "\n")
-    plot(rows, alone, args.out / "coserve.png")
-    verdict(rows, alone)
+    plot(rows, args.out / "coserve.png")
+    verdict(rows)
 
 
 if __name__ == "__main__":

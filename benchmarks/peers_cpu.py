@@ -191,9 +191,10 @@ def run(contestant: Contestant, part: str, job: dict[str, Any]) -> dict[str, Any
     """One part of one peer's round, in a fresh process."""
     sizes = job["sizes"]
     context = {
-        "speed": max(sizes["prefill"]) + 256,
-        "growth": max(sizes["contexts"]),
+        "speed": max(sizes["prefill"], default=0) + 256,
+        "growth": max(sizes["contexts"], default=0),
         "quality": WINDOW + 1,
+        "logits": WINDOW + 1,
     }[part]
     job = {**job, "part": part, "context": context, "gguf": str(contestant.files)}
     job["file_type"] = contestant.file_type

@@ -74,6 +74,11 @@ class LlamaCpp:
         size = lib.llama_n_batch(self._ctx)
         return [rows[i : i + size] for i in range(0, len(rows), size)]
 
+    def logits(self, tokens: list[int]) -> np.ndarray:
+        self._reset(1, len(tokens))
+        self._decode([(token, i, 0, True) for i, token in enumerate(tokens)])
+        return np.stack([self._logits(i).copy() for i in range(len(tokens))])
+
     def nll(self, tokens: list[int]) -> float:
         self._reset(1, len(tokens))
         self._decode([(token, i, 0, True) for i, token in enumerate(tokens[:-1])])

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
+import torch
 from worker import Job, Timing, serve
 
+from tokenloom.batch import BatchBuilder, SegmentKind
+from tokenloom.cache.block_table import BlockTable
 from tokenloom.engine.request import Request
 from tokenloom.engine.sampling_params import SamplingParams
 from tokenloom.llm import LLM
@@ -40,6 +44,27 @@ class Tokenloom:
         while engine.has_work:
             engine.step()
         return Timing(middle - start, time.perf_counter() - middle, new * len(prompts) - early)
+
+    def logits(self, tokens: list[int]) -> np.ndarray:
+        engine = self.llm.engine
+        size = engine.pool.block_size
+        table = BlockTable(engine.pool)
+        table.grow(len(tokens))
+        builder = BatchBuilder(engine.device)
+        builder.add(
+            SegmentKind.PREFILL,
+            tokens,
+            table.blocks,
+            kv_start=0,
+            block_size=size,
+            contiguous=table.contiguous,
+            logits="all",
+        )
+        with torch.inference_mode():
+            hidden = engine.decoder.forward(builder.build(), engine.kv)
+            result: np.ndarray = engine.decoder.logits(hidden).numpy()
+        table.clear()
+        return result
 
     def nll(self, tokens: list[int]) -> float:
         return -self.llm.score(tokens)[0].total

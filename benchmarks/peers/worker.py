@@ -6,6 +6,7 @@ Runs under each peer's own interpreter, so it needs nothing but the standard lib
 - part "speed": a decode of one sequence, prefills, concurrent streams, then the process's memory.
 - part "growth": milliseconds per decoded token at each context length.
 - part "quality": negative log-likelihood of text in windows.
+- part "logits": the logits of those windows' rows, into the file `job["to"]`.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def serve(load: Callable[[Job], Peer]) -> None:
     os.dup2(2, 1)
     job = json.load(sys.stdin)
     peer = load(job)
-    measure = {"speed": speed, "growth": growth, "quality": quality}[job["part"]]
+    measure = {"speed": speed, "growth": growth, "quality": quality, "logits": logits}[job["part"]]
     result = {
         "version": version(peer.package),
         "weights": peer.weights,
@@ -113,6 +114,14 @@ def quality(peer: Peer, job: Job) -> dict[str, Any]:
         "nll": sum(peer.nll(window) for window in windows),
         "nll_tokens": sum(len(window) - 1 for window in windows),
     }
+
+
+def logits(peer: Peer, job: Job) -> dict[str, Any]:
+    """Writes float32 `[windows, window, vocab]`, for peers that have a method of that name."""
+    import numpy
+
+    numpy.save(job["to"], numpy.stack([peer.logits(window) for window in job["texts"]]))  # type: ignore[attr-defined]
+    return {}
 
 
 def memory() -> dict[str, int]:
