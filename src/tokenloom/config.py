@@ -106,7 +106,7 @@ class FtSettings(_Branch):
 
     max_fwd_tokens: int = Field(256, ge=1, description="Forward rows of training per iteration.")
     bwd_window: int = Field(512, ge=1, description="Largest window of rows in backward and in the loss.")
-    min_rows: int = Field(16, ge=1, description="Backward windows are not cut smaller to fit a budget.")
+    min_rows: int = Field(24, ge=1, description="Windows are not cut smaller to fit a budget.")
     min_progress: int = Field(
         0, ge=0, description="Run the smallest piece each so many iterations whatever the targets; 0: never."
     )

@@ -259,12 +259,17 @@ class Coserver:
         return 0
 
     def _rows_within(self, training: Training, plan: Plan, budget_ms: float) -> int:
-        """The most forward rows with which the batch stays within the budget."""
+        """The most forward rows with which the batch stays within the budget.
+
+        0 if they are too few to be worth what a window costs whatever its size: the time that streams gain
+        meanwhile pays for a larger one later.
+        """
         features, planned = self._features, self._estimate(plan)
         limit = min(training.forward_left(), self.settings.ft.max_fwd_tokens)
         if plan.rows:
             limit = min(limit, self.settings.scheduler.max_batch_tokens - plan.num_rows)
-        return bisect_rows(limit, lambda n: planned(features + training.forward_features(n)) <= budget_ms)
+        rows = bisect_rows(limit, lambda n: planned(features + training.forward_features(n)) <= budget_ms)
+        return rows if rows >= min(self.settings.ft.min_rows, limit) else 0
 
     def _piece_within(self, training: Training, plan: Plan, room_ms: float) -> int:
         """The most rows of the next piece that fit; 0 if they are too few to be worth a piece."""
