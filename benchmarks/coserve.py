@@ -290,7 +290,7 @@ def measure(args: argparse.Namespace, load: float, full_rate: float) -> list[dic
     """
     modes = {mode: (mode, 1.0) for mode in args.modes.split(",")}
     modes |= {f"separate {float(p):.0%}": ("off", float(p)) for p in args.shares.split(",") if p}
-    modes["ft_only"] = ("ft_only", math.inf)
+    modes["ft_only"] = ("ft_only", math.inf)  # rate / inf: no requests
     seconds = args.seconds * (2 if load < LIGHT else 1)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in modes}
     for seed in range(1, args.repeats + 1):

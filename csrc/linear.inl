@@ -56,103 +56,108 @@ void quantize(Work& work, const float* x, ptrdiff_t stride, const float* norm, f
 
 // -- linear ---------------------------------------------------------------------------------------------------
 
-template <Format F, int M>
-inline void dots(const uint8_t* w, const int8_t* a, ptrdiff_t stride, i32x8* out) {
-    if constexpr (F == Format::Q8_0) {
-        dots_q8<M>(w, a, stride, out);
-    } else {
-        dots_q4<M>(w, a, stride, out);
-    }
-}
-
 inline void prefetch(const uint8_t* p, int bytes) {
     for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
 }
 
-// Eight weight rows times M activation rows; the order of summation does not depend on M, so a row's result
-// is the same in any batch.
-template <Format F, int M>
-inline void tile(const uint8_t* w, int blocks, const Activations& x, int row, bool ahead, f32x8* out) {
-    const ptrdiff_t stride = x.columns;
-    const int8_t* a = x.q + row * stride;
-    const float* scale = x.scale + static_cast<size_t>(row) * blocks;
-    const float* sum = x.sum + static_cast<size_t>(row) * blocks;
-    f32x8 acc[M];
-    for (int m = 0; m < M; ++m) acc[m] = splat(0.0f);
-    for (int b = 0; b < blocks; ++b) {
-        if (ahead) prefetch(w + PREFETCH, block_bytes(F));
-        i32x8 products[M];
-        dots<F, M>(w, a + b * BLOCK, stride, products);
-        const auto* halves = reinterpret_cast<const uint16_t*>(w + quant_bytes(F));
-        const f32x8 d = load_half(halves);
-        for (int m = 0; m < M; ++m) {
-            f32x8 value = to_float(products[m]) * splat(scale[m * blocks + b]);
-            if constexpr (F == Format::Q4_0) value -= splat(8.0f * sum[m * blocks + b]);
-            acc[m] += d * value;
+// Blocks of one group of weight rows, a lane for each row.
+struct OneGroup {
+    typedef f32x8 Floats;
+    typedef i32x8 Ints;
+    const uint8_t* w;
+
+    template <Format F, int M>
+    void dots(const int8_t* a, ptrdiff_t stride, Ints* out) const {
+        if constexpr (F == Format::Q8_0) {
+            dots_q8<M>(w, a, stride, out);
+        } else {
+            dots_q4<M>(w, a, stride, out);
         }
-        if constexpr (F == Format::Q4_1) {
-            const f32x8 offset = load_half(halves + GROUP);
-            for (int m = 0; m < M; ++m) acc[m] += offset * splat(sum[m * blocks + b]);
-        }
-        w += block_bytes(F);
     }
-    for (int m = 0; m < M; ++m) out[m] = acc[m];
-}
+    Floats halves(int byte) const { return load_half(reinterpret_cast<const uint16_t*>(w + byte)); }
+    void fetch(int bytes) const { prefetch(w + PREFETCH, bytes); }
+    void next(int bytes) { w += bytes; }
+};
 
 #if defined(__AVX512VNNI__)
 
-template <Format F, int M>
-inline void tile_of_two(const uint8_t* w0, const uint8_t* w1, int blocks, const Activations& x, int row, bool ahead,
-                        f32x8* out0, f32x8* out1) {
+// Blocks of two groups: the first in the lower lanes, the second in the upper ones.
+struct TwoGroups {
+    typedef f32xw Floats;
+    typedef i32xw Ints;
+    const uint8_t *w0, *w1;
+
+    template <Format F, int M>
+    void dots(const int8_t* a, ptrdiff_t stride, Ints* out) const {
+        if constexpr (F == Format::Q8_0) {
+            dots_q8<M>(w0, w1, a, stride, out);
+        } else {
+            dots_q4<M>(w0, w1, a, stride, out);
+        }
+    }
+    Floats halves(int byte) const {
+        return load_halves(reinterpret_cast<const uint16_t*>(w0 + byte), reinterpret_cast<const uint16_t*>(w1 + byte));
+    }
+    void fetch(int bytes) const {
+        prefetch(w0 + PREFETCH, bytes);
+        prefetch(w1 + PREFETCH, bytes);
+    }
+    void next(int bytes) {
+        w0 += bytes;
+        w1 += bytes;
+    }
+};
+
+#endif
+
+// Weight rows of one group or two times M activation rows; the order of summation does not depend on M, nor on the
+// number of groups, so a row's result is the same in any batch.
+template <Format F, int M, class Groups>
+inline void tile(Groups weights, int blocks, const Activations& x, int row, bool ahead,
+                 typename Groups::Floats* out) {
+    typedef typename Groups::Floats Floats;
     const ptrdiff_t stride = x.columns;
     const int8_t* a = x.q + row * stride;
     const float* scale = x.scale + static_cast<size_t>(row) * blocks;
     const float* sum = x.sum + static_cast<size_t>(row) * blocks;
-    f32xw acc[M];
-    for (int m = 0; m < M; ++m) acc[m] = f32xw{};
+    Floats acc[M];
+    for (int m = 0; m < M; ++m) acc[m] = Floats{};
     for (int b = 0; b < blocks; ++b) {
-        if (ahead) {
-            prefetch(w0 + PREFETCH, block_bytes(F));
-            prefetch(w1 + PREFETCH, block_bytes(F));
-        }
-        i32xw products[M];
-        if constexpr (F == Format::Q8_0) {
-            dots_q8<M>(w0, w1, a + b * BLOCK, stride, products);
-        } else {
-            dots_q4<M>(w0, w1, a + b * BLOCK, stride, products);
-        }
-        const auto* halves0 = reinterpret_cast<const uint16_t*>(w0 + quant_bytes(F));
-        const auto* halves1 = reinterpret_cast<const uint16_t*>(w1 + quant_bytes(F));
-        const f32xw d = load_halves(halves0, halves1);
+        if (ahead) weights.fetch(block_bytes(F));
+        typename Groups::Ints products[M];
+        weights.template dots<F, M>(a + b * BLOCK, stride, products);
+        const Floats d = weights.halves(quant_bytes(F));
         for (int m = 0; m < M; ++m) {
-            f32xw value = __builtin_convertvector(products[m], f32xw) * scale[m * blocks + b];
+            Floats value = __builtin_convertvector(products[m], Floats) * scale[m * blocks + b];
             if constexpr (F == Format::Q4_0) value -= 8.0f * sum[m * blocks + b];
             acc[m] += d * value;
         }
         if constexpr (F == Format::Q4_1) {
-            const f32xw offset = load_halves(halves0 + GROUP, halves1 + GROUP);
+            const Floats offset = weights.halves(quant_bytes(F) + 2 * GROUP);
             for (int m = 0; m < M; ++m) acc[m] += offset * sum[m * blocks + b];
         }
-        w0 += block_bytes(F);
-        w1 += block_bytes(F);
+        weights.next(block_bytes(F));
     }
-    for (int m = 0; m < M; ++m) {
-        memcpy(&out0[m], &acc[m], sizeof(f32x8));
-        memcpy(&out1[m], reinterpret_cast<const char*>(&acc[m]) + sizeof(f32x8), sizeof(f32x8));
-    }
+    for (int m = 0; m < M; ++m) out[m] = acc[m];
 }
-
-#endif
 
 // Two groups of weight rows (the second may be null) times M activation rows.
 template <Format F, int M>
 inline void tile(const uint8_t* w0, const uint8_t* w1, int blocks, const Activations& x, int row, bool ahead,
                  f32x8* out0, f32x8* out1) {
 #if defined(__AVX512VNNI__)
-    if (w1) return tile_of_two<F, M>(w0, w1, blocks, x, row, ahead, out0, out1);
+    if (w1) {
+        f32xw both[M];
+        tile<F, M>(TwoGroups{w0, w1}, blocks, x, row, ahead, both);
+        for (int m = 0; m < M; ++m) {
+            memcpy(&out0[m], &both[m], sizeof(f32x8));
+            memcpy(&out1[m], reinterpret_cast<const char*>(&both[m]) + sizeof(f32x8), sizeof(f32x8));
+        }
+        return;
+    }
 #endif
-    tile<F, M>(w0, blocks, x, row, ahead, out0);
-    if (w1) tile<F, M>(w1, blocks, x, row, ahead, out1);
+    tile<F, M>(OneGroup{w0}, blocks, x, row, ahead, out0);
+    if (w1) tile<F, M>(OneGroup{w1}, blocks, x, row, ahead, out1);
 }
 
 // The same for the rows that are left when tiles of M + 1 no longer fit.
