@@ -34,7 +34,8 @@ sanitize: dev
 		-Dnanobind_ROOT="$$($(BIN)/python -m nanobind --cmake_dir)"
 	$(BIN)/cmake --build build/sanitize
 	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-		PYTHONPATH=tests $(BIN)/python -m pytest --capture=sys -p sanitized tests/kernels tests/models/test_fused.py $(ARGS)
+		PYTHONPATH=tests $(BIN)/python -m pytest --capture=sys -p sanitized tests/kernels tests/models/test_fused.py \
+		tests/models/test_fused_adapters.py $(ARGS)
 
 # Needs Debian's g++-aarch64-linux-gnu and qemu-user. Flags as in CMakeLists.txt.
 ARM := aarch64-linux-gnu-g++ -std=c++17 -O3 -Wall -Wextra -Wno-psabi -DTOKENLOOM_ARM

@@ -29,8 +29,18 @@ make_files() { # PEER KIND
     $GENTLY "$PEERS/$1/bin/python" benchmarks/peers/export.py "$2" "$GGUF" "$MODELS"
 }
 
+# AMX takes a permission that the kernels of some virtual machines refuse: code compiled with it dies there, so
+# machines that have it get all their other instruction sets by name.
+llama_cpp_isa() {
+    if grep -q amx_tile /proc/cpuinfo 2>/dev/null; then
+        echo "-DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VBMI=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON"
+    else
+        echo "-DGGML_NATIVE=ON"
+    fi
+}
+
 install_llama_cpp() {
-    CMAKE_ARGS="-DGGML_NATIVE=ON -DGGML_OPENMP=ON -DLLAVA_BUILD=OFF" CMAKE_BUILD_PARALLEL_LEVEL=1 \
+    CMAKE_ARGS="$(llama_cpp_isa) -DGGML_OPENMP=ON -DLLAVA_BUILD=OFF" CMAKE_BUILD_PARALLEL_LEVEL=1 \
         pip_install llama_cpp llama-cpp-python==0.3.36 numpy
 }
 

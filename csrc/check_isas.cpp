@@ -50,7 +50,7 @@ struct Quantized {
     Quantized(const Kernels& kernels, Work& work, const std::vector<float>& x, int rows, int columns)
         : q(x.size()), scale(x.size() / BLOCK), sum(x.size() / BLOCK) {
         view = {rows, columns, q.data(), scale.data(), sum.data()};
-        kernels.quantize(work, x.data(), columns, nullptr, 0.0f, view);
+        kernels.quantize(work, x.data(), columns, nullptr, 0.0f, nullptr, view);
     }
     std::vector<float> numbers() const {
         std::vector<float> out(q.size());
@@ -85,8 +85,8 @@ void check_products(const Kernels& kernels, const Kernels& plain, Work& work) {
             for (Then then : {Then::Store, Then::Add, Then::SiluMul}) {
                 w.rows = then == Then::SiluMul ? 32 : n;
                 std::vector<float> got(static_cast<size_t>(rows) * n, 1.0f), wanted = got;
-                kernels.linear(work, w, its.view, then, got.data(), n);
-                plain.linear(work, w, its.view, then, wanted.data(), n);
+                kernels.linear(work, w, its.view, then, got.data(), n, nullptr);
+                plain.linear(work, w, its.view, then, wanted.data(), n, nullptr);
                 check("linear", rows, got, wanted, 1e-5f);
             }
             w.rows = n;
@@ -101,8 +101,8 @@ void check_rows(const Kernels& kernels, const Kernels& plain, Work& work) {
         kernels.rms_norm(work, x.data(), 2 * width, weight.data(), 1e-5f, 5, width, got.data(), width);
         plain.rms_norm(work, x.data(), 2 * width, weight.data(), 1e-5f, 5, width, wanted.data(), width);
         check("rms_norm", width, got, wanted, 1e-6f);
-        kernels.silu_mul(work, x.data(), 2 * width, 5, width, got.data());
-        plain.silu_mul(work, x.data(), 2 * width, 5, width, wanted.data());
+        kernels.silu_mul(work, x.data(), 2 * width, 5, width, got.data(), width);
+        plain.silu_mul(work, x.data(), 2 * width, 5, width, wanted.data(), width);
         check("silu_mul", width, got, wanted, 1e-6f);
     }
 }

@@ -2,8 +2,10 @@
 // them with the same arguments.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "formats.h"
 #include "team.h"
@@ -45,16 +47,48 @@ struct AttentionTask {
     int num_partials;  // of the first task of a merge: how many follow one another; else 0
 };
 
+// A LoRA beside one projection: for each part, y[:, first_out ..] += (x A^T)[:, first_rank ..] B^T.
+struct LowRank {
+    struct Part {
+        const float* b;  // [outs, ranks]; first_out and outs are multiples of GROUP
+        int first_rank, ranks, first_out, outs;
+    };
+    const float* a = nullptr;  // [ranks, width]
+    int ranks = 0, width = 0;
+    std::vector<float> scale;  // of each column of x A^T
+    std::vector<Part> parts;
+};
+
+// Rows of a batch that go through it.
+struct LowRankRows {
+    int begin, end;
+    const LowRank* lora;
+};
+
+// The LoRAs of one projection in one batch, each beside its own rows.
+struct LowRankPass {
+    std::vector<LowRankRows> runs;
+    const float* x = nullptr;  // what the projection reads, not quantised
+    ptrdiff_t stride = 0;
+    float* z = nullptr;  // [T, z_stride], for x A^T
+    ptrdiff_t z_stride = 0;
+    std::atomic<int> ready{0};  // pieces of z that are done
+};
+
 struct Kernels {
     const char* name;
-    // x [T, K] -> activations. norm: multiply by 1 / rms and by it first; null: as they are.
-    void (*quantize)(Work& work, const float* x, ptrdiff_t stride, const float* norm, float eps,
+    // x [T, K] -> activations. norm: multiply by 1 / rms and by it first; null: as they are. normed: where what
+    // is quantised goes as it is, [T, K] without gaps; null: nowhere.
+    void (*quantize)(Work& work, const float* x, ptrdiff_t stride, const float* norm, float eps, float* normed,
                      const Activations& to);
-    void (*linear)(Work& work, const Weight& w, const Activations& x, Then then, float* out, ptrdiff_t stride);
+    // bypasses: what is added to y before all else; null: nothing.
+    void (*linear)(Work& work, const Weight& w, const Activations& x, Then then, float* out, ptrdiff_t stride,
+                   LowRankPass* bypasses);
     void (*unpack)(const Weight& w, int row, float* out);  // one row of a weight, float32 [K]
     void (*rms_norm)(Work& work, const float* x, ptrdiff_t x_stride, const float* weight, float eps, int rows,
                      int width, float* out, ptrdiff_t out_stride);
-    void (*silu_mul)(Work& work, const float* gate_up, ptrdiff_t stride, int rows, int width, float* out);
+    void (*silu_mul)(Work& work, const float* gate_up, ptrdiff_t stride, int rows, int width, float* out,
+                     ptrdiff_t out_stride);
     void (*rms_norm_backward)(Work& work, float* dx, ptrdiff_t dx_stride, const float* dy, ptrdiff_t dy_stride,
                               const float* x, ptrdiff_t x_stride, const float* weight, float eps, int rows,
                               int width);  // adds to dx

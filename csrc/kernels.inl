@@ -31,6 +31,7 @@ int begin_of(int piece, int pieces, int count) {
     return static_cast<int>(static_cast<int64_t>(count) * piece / pieces);
 }
 
+#include "low_rank.inl"
 #include "linear.inl"
 #include "rows.inl"
 #include "attention.inl"

@@ -11,6 +11,9 @@ constexpr int MOST_QUERIES = 64;  // of one task: as in kernels.inl
 // threads, hence neither does the result.
 constexpr int SPLIT_ROWS = 8;
 constexpr int SPLIT_KEYS = 256;
+// Floats between the rows of a buffer whose width is a power of two times something: without them many rows'
+// lines would fall into the same few sets of a cache.
+constexpr int APART = 16;
 
 }  // namespace
 
@@ -64,19 +67,68 @@ Scratch& scratch() {
     return own;
 }
 
+namespace {
+
+// Copies the tapped rows of `from` to the units of the cache that are theirs.
+void keep(Work& work, const std::vector<Tap>& taps, Place place, const float* from, ptrdiff_t stride, int width,
+          int unit, const KVLayer& kv) {
+    for (const Tap& tap : taps) {
+        if (tap.place != place) continue;
+        work.each(tap.end - tap.begin, [&](int r) {
+            const float* row = from + (tap.begin + r) * stride;
+            for (int u = 0; u < tap.per_row; ++u) {
+                float* to = static_cast<float*>(kv.keys) + tap.units[static_cast<size_t>(r) * tap.per_row + u] * unit;
+                std::copy_n(row + u * unit, std::min(unit, width - u * unit), to);
+            }
+        });
+    }
+}
+
+}  // namespace
+
 void run_layers(const Kernels& kernels, int threads, const Shape& shape, const std::vector<Layer>& layers,
-                const std::vector<KVLayer>& kv, int begin, int end, float* x, int rows, const float* cos,
-                const float* sin, const int64_t* slots, const std::vector<Span>& spans, int block_size) {
+                const std::vector<KVLayer>& kv, int begin, int end, const LayerRows& batch) {
+    const int rows = batch.rows;
+    float* x = batch.x;
+    // Who goes through what, by layer and site.
+    std::vector<LowRankPass> passes(batch.bypasses.empty() ? 0 : SITES * layers.size());
+    int ranks = 0;
+    for (const Bypass& bypass : batch.bypasses) {
+        for (size_t i = 0; i < passes.size(); ++i) {
+            const LowRank* lora = bypass.loras[i];
+            if (!lora) continue;
+            passes[i].runs.push_back({bypass.begin, bypass.end, lora});
+            ranks = std::max(ranks, lora->ranks);
+        }
+    }
+    const bool keeps_gate_up =
+        std::any_of(batch.taps.begin(), batch.taps.end(), [](const Tap& t) { return t.place == Place::GateUp; });
+
     Scratch& own = scratch();
     const int widest = std::max<int>({shape.width, shape.ff, shape.q_width()});
     const Activations largest = own.activations(rows, widest);
-    const size_t qkv_floats = static_cast<size_t>(rows) * shape.qkv_width();
-    const size_t inner = static_cast<size_t>(rows) * std::max(shape.ff, shape.q_width());
-    float* qkv = own.rows(qkv_floats + inner);
-    float* hidden = qkv + qkv_floats;  // what attention, and later the MLP's activation, puts out
+    const auto floats = [&](int width) { return static_cast<size_t>(rows) * width; };
+    const int ff_stride = shape.ff + APART, gate_up_stride = 2 * shape.ff + APART;
+    const size_t inner = floats(std::max(ff_stride, shape.q_width()));
+    const size_t bypassed = floats(ranks > 0 ? shape.width : 0);
+    float* qkv = own.rows(floats(shape.qkv_width()) + inner + bypassed + floats(ranks) +
+                          floats(keeps_gate_up ? gate_up_stride : 0));
+    float* hidden = qkv + floats(shape.qkv_width());  // what attention, and later the MLP's activation, puts out
+    float* normed = hidden + inner;                   // what bypasses of qkv and gate_up read
+    float* z = normed + bypassed;                     // their middle
+    float* gate_up = z + floats(ranks);               // where it is wanted before SiLU
 
-    AttentionShape attention{shape.heads, shape.kv_heads, shape.head_dim, block_size, 0, shape.qkv_width(),
-                             shape.q_width()};
+    for (size_t i = 0; i < passes.size(); ++i) {
+        const int site = static_cast<int>(i % SITES);
+        const bool reads_norm = site == QKV || site == GATE_UP;
+        passes[i].x = reads_norm ? normed : hidden;
+        passes[i].stride = reads_norm ? shape.width : site == O ? shape.q_width() : ff_stride;
+        passes[i].z = z;
+        passes[i].z_stride = ranks;
+    }
+
+    AttentionShape attention{shape.heads,       shape.kv_heads,    shape.head_dim, batch.block_size, 0,
+                             shape.qkv_width(), shape.q_width()};
     // Layers differ in their window only; models have at most two.
     std::vector<std::pair<int, AttentionPlan>> plans;
     size_t partial_floats_needed = 0;
@@ -84,7 +136,7 @@ void run_layers(const Kernels& kernels, int threads, const Shape& shape, const s
         const int window = layers[i].window;
         if (std::any_of(plans.begin(), plans.end(), [&](const auto& p) { return p.first == window; })) continue;
         attention.window = window;
-        plans.emplace_back(window, plan_attention(spans, attention));
+        plans.emplace_back(window, plan_attention(batch.spans, attention));
         const size_t needed = static_cast<size_t>(plans.back().second.partial_rows) * (shape.head_dim + 2);
         partial_floats_needed = std::max(partial_floats_needed, needed);
     }
@@ -98,6 +150,7 @@ void run_layers(const Kernels& kernels, int threads, const Shape& shape, const s
             part.columns = columns;
             return part;
         };
+        const int unit = shape.kv_heads * shape.head_dim;
         for (int i = begin; i < end; ++i) {
             const Layer& layer = layers[i];
             AttentionShape own_attention = attention;
@@ -106,21 +159,35 @@ void run_layers(const Kernels& kernels, int threads, const Shape& shape, const s
             for (const auto& [window, found] : plans) {
                 if (window == layer.window) plan = &found;
             }
-            const Activations normed = as(shape.width);
-            kernels.quantize(work, x, shape.width, layer.input_norm, shape.eps, normed);
-            kernels.linear(work, layer.qkv, normed, Then::Store, qkv, shape.qkv_width());
-            kernels.rope_append(work, qkv, rows, own_attention, layer.q_norm, layer.k_norm, shape.eps, cos, sin,
-                                slots, kv[i]);
-            kernels.attention(work, qkv, own_attention, spans.data(), plan->tasks.data(),
+            // A projection, the norm before it, and its bypasses.
+            const auto project = [&](int site, const Weight& weight, const float* from, ptrdiff_t from_stride,
+                                     const float* norm, Then then, float* out, ptrdiff_t stride) {
+                LowRankPass* pass = passes.empty() ? nullptr : &passes[SITES * i + site];
+                if (pass && pass->runs.empty()) pass = nullptr;
+                const Activations quants = as(shape.width_in(site));
+                kernels.quantize(work, from, from_stride, norm, shape.eps, norm && pass ? normed : nullptr, quants);
+                kernels.linear(work, weight, quants, then, out, stride, pass);
+            };
+            const auto tap = [&](Place place, const float* from, ptrdiff_t stride, int width) {
+                if (!batch.taps.empty()) keep(work, batch.taps, place, from, stride, width, unit, kv[i]);
+            };
+            tap(Place::Input, x, shape.width, shape.width);
+            project(QKV, layer.qkv, x, shape.width, layer.input_norm, Then::Store, qkv, shape.qkv_width());
+            kernels.rope_append(work, qkv, rows, own_attention, layer.q_norm, layer.k_norm, shape.eps, batch.cos,
+                                batch.sin, batch.slots, kv[i]);
+            tap(Place::Query, qkv, shape.qkv_width(), shape.q_width());
+            kernels.attention(work, qkv, own_attention, batch.spans.data(), plan->tasks.data(),
                               static_cast<int>(plan->tasks.size()), partials, kv[i], hidden);
-            const Activations attended = as(shape.q_width());
-            kernels.quantize(work, hidden, shape.q_width(), nullptr, 0.0f, attended);
-            kernels.linear(work, layer.o, attended, Then::Add, x, shape.width);
-            kernels.quantize(work, x, shape.width, layer.post_norm, shape.eps, normed);
-            kernels.linear(work, layer.gate_up, normed, Then::SiluMul, hidden, shape.ff);
-            const Activations activated = as(shape.ff);
-            kernels.quantize(work, hidden, shape.ff, nullptr, 0.0f, activated);
-            kernels.linear(work, layer.down, activated, Then::Add, x, shape.width);
+            project(O, layer.o, hidden, shape.q_width(), nullptr, Then::Add, x, shape.width);
+            tap(Place::Residual, x, shape.width, shape.width);
+            if (keeps_gate_up) {
+                project(GATE_UP, layer.gate_up, x, shape.width, layer.post_norm, Then::Store, gate_up, gate_up_stride);
+                tap(Place::GateUp, gate_up, gate_up_stride, 2 * shape.ff);
+                kernels.silu_mul(work, gate_up, gate_up_stride, rows, shape.ff, hidden, ff_stride);
+            } else {
+                project(GATE_UP, layer.gate_up, x, shape.width, layer.post_norm, Then::SiluMul, hidden, ff_stride);
+            }
+            project(DOWN, layer.down, hidden, ff_stride, nullptr, Then::Add, x, shape.width);
         }
     });
 }

@@ -18,11 +18,16 @@ struct Layer {
     int window;  // 0: none
 };
 
+// A layer's projections, beside which bypasses sit.
+enum Site : int { QKV, O, GATE_UP, DOWN, SITES };
+
 struct Shape {
     int width, ff, heads, kv_heads, head_dim;
     float eps;
     int qkv_width() const { return (heads + 2 * kv_heads) * head_dim; }
     int q_width() const { return heads * head_dim; }
+    int width_in(int site) const { return site == O ? q_width() : site == DOWN ? ff : width; }
+    int width_out(int site) const { return site == QKV ? qkv_width() : site == GATE_UP ? 2 * ff : width; }
 };
 
 // What attention of a batch is cut into.
@@ -31,6 +36,34 @@ struct AttentionPlan {
     int partial_rows = 0;
 };
 AttentionPlan plan_attention(const std::vector<Span>& spans, const AttentionShape& shape);
+
+// Rows that go through an adapter: `loras[SITES * layer + site]`, null where it does nothing.
+struct Bypass {
+    int begin, end;
+    const LowRank* const* loras;
+};
+
+// Rows whose activations at one place are kept, in every layer. Row r's numbers go to the units
+// `units[per_row * r ..]` of the layer's cache, seen as rows of kv_heads * head_dim numbers: all its keys, and
+// behind them all its values.
+enum class Place : int { Input, Query, Residual, GateUp };
+struct Tap {
+    Place place;
+    int begin, end, per_row;
+    const int64_t* units;
+};
+
+// One packed batch: x [T, width] goes through layers in place. cos, sin [T, head_dim / 2]; slots [T].
+struct LayerRows {
+    float* x;
+    int rows;
+    const float *cos, *sin;
+    const int64_t* slots;
+    int block_size;
+    std::vector<Span> spans;
+    std::vector<Bypass> bypasses;
+    std::vector<Tap> taps;
+};
 
 // Memory that calls of one thread use again.
 struct Scratch {
@@ -42,9 +75,8 @@ struct Scratch {
 };
 Scratch& scratch();
 
-// x [T, width] goes through layers[begin..end) in place. cos, sin [T, head_dim / 2]; slots [T].
+// The batch goes through layers[begin..end).
 void run_layers(const Kernels& kernels, int threads, const Shape& shape, const std::vector<Layer>& layers,
-                const std::vector<KVLayer>& kv, int begin, int end, float* x, int rows, const float* cos,
-                const float* sin, const int64_t* slots, const std::vector<Span>& spans, int block_size);
+                const std::vector<KVLayer>& kv, int begin, int end, const LayerRows& batch);
 
 }  // namespace tokenloom

@@ -2,13 +2,14 @@
 
 // -- activations ----------------------------------------------------------------------------------------------
 
-void quantize_row(const float* x, float factor, const float* norm, int columns, int8_t* q, float* scales,
-                  float* sums_out) {
+void quantize_row(const float* x, float factor, const float* norm, int columns, float* normed, int8_t* q,
+                  float* scales, float* sums_out) {
     for (int b = 0; b < columns / BLOCK; ++b) {
         f32x8 v[4], most = splat(0.0f);
         for (int i = 0; i < 4; ++i) {
             v[i] = load(x + b * BLOCK + 8 * i);
             if (norm) v[i] = v[i] * splat(factor) * load(norm + b * BLOCK + 8 * i);
+            if (normed) store(normed + b * BLOCK + 8 * i, v[i]);
             most = max_or_nan(most, abs(v[i]));
         }
         const float amax = max_or_nan(most);
@@ -43,13 +44,14 @@ float inverse_rms(const float* x, int width, float eps) {
     return 1.0f / std::sqrt(squares / static_cast<float>(width) + eps);
 }
 
-void quantize(Work& work, const float* x, ptrdiff_t stride, const float* norm, float eps,
+void quantize(Work& work, const float* x, ptrdiff_t stride, const float* norm, float eps, float* normed,
               const Activations& to) {
     work.each(to.rows, [&](int t) {
         const float* row = x + t * stride;
         const float factor = norm ? inverse_rms(row, to.columns, eps) : 1.0f;
         const size_t block = static_cast<size_t>(t) * to.blocks();
-        quantize_row(row, factor, norm, to.columns, to.q + static_cast<size_t>(t) * to.columns,
+        const size_t first = static_cast<size_t>(t) * to.columns;
+        quantize_row(row, factor, norm, to.columns, normed ? normed + first : nullptr, to.q + first,
                      to.scale + block, to.sum + block);
     });
 }
@@ -199,7 +201,8 @@ inline void put(float* out, f32x8 v, int count, bool add) {
 inline f32x8 silu(f32x8 x) { return x / (splat(1.0f) + exp(-x)); }
 
 template <Format F>
-void linear_of(Work& work, const Weight& w, const Activations& x, Then then, float* out, ptrdiff_t stride) {
+void linear_of(Work& work, const Weight& w, const Activations& x, Then then, float* out, ptrdiff_t stride,
+               LowRankPass* bypasses) {
     const int blocks = w.blocks();
     const int groups = then == Then::SiluMul ? w.groups() / 2 : w.groups();
     const int row_blocks = (x.rows + ROW_BLOCK - 1) / ROW_BLOCK;
@@ -208,7 +211,10 @@ void linear_of(Work& work, const Weight& w, const Activations& x, Then then, flo
     const bool few = x.rows <= FEW_ROWS;
     const int pieces = few ? pieces_of(groups, work.threads(), least, FEW_PIECES)
                             : pieces_of(groups, work.threads(), 1, PIECES);
-    work.each(pieces * row_blocks, [&](int piece) {
+    const int before = bypasses ? middle_pieces(*bypasses) : 0;
+    work.each(before + pieces * row_blocks, [&](int piece) {
+        if (piece < before) return middle(*bypasses, piece);
+        piece -= before;
         const int first = piece / pieces * ROW_BLOCK, rows = std::min(ROW_BLOCK, x.rows - first);
         const int p = piece % pieces;
         // One half of the columns beside the other for SiluMul, else neighbours.
@@ -219,6 +225,11 @@ void linear_of(Work& work, const Weight& w, const Activations& x, Then then, flo
             const int second = gated ? g + groups : g + 1;
             const bool two = gated || second < end;
             tiles<F>(w.group(g), two ? w.group(second) : nullptr, blocks, x, first, rows, y[0], y[1]);
+            if (before) {
+                wait_for(bypasses->ready, before);
+                add_low_rank(*bypasses, g * GROUP, first, rows, y[0]);
+                if (two) add_low_rank(*bypasses, second * GROUP, first, rows, y[1]);
+            }
             float* to = out + static_cast<ptrdiff_t>(first) * stride + g * GROUP;
             const f32x8 bias[] = {bias_of(w, g), two ? bias_of(w, second) : splat(0.0f)};
             if (gated) {
@@ -237,11 +248,12 @@ void linear_of(Work& work, const Weight& w, const Activations& x, Then then, flo
     });
 }
 
-void linear(Work& work, const Weight& w, const Activations& x, Then then, float* out, ptrdiff_t stride) {
+void linear(Work& work, const Weight& w, const Activations& x, Then then, float* out, ptrdiff_t stride,
+            LowRankPass* bypasses) {
     switch (w.format) {
-        case Format::Q8_0: linear_of<Format::Q8_0>(work, w, x, then, out, stride); break;
-        case Format::Q4_0: linear_of<Format::Q4_0>(work, w, x, then, out, stride); break;
-        case Format::Q4_1: linear_of<Format::Q4_1>(work, w, x, then, out, stride); break;
+        case Format::Q8_0: linear_of<Format::Q8_0>(work, w, x, then, out, stride, bypasses); break;
+        case Format::Q4_0: linear_of<Format::Q4_0>(work, w, x, then, out, stride, bypasses); break;
+        case Format::Q4_1: linear_of<Format::Q4_1>(work, w, x, then, out, stride, bypasses); break;
     }
 }
 

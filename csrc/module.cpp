@@ -4,11 +4,14 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "layers.h"
 
@@ -69,6 +72,29 @@ struct WeightRef {
     }
 };
 
+// A LoRA and the tensors that it points to. Parts share a's rows in order: (b [outs, ranks], first column of the
+// projection's output, scale).
+struct LowRankRef {
+    using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+    LowRank lora;
+    Matrix a;
+    std::vector<Matrix> bs;
+
+    LowRankRef(Matrix a_, const std::vector<std::tuple<Matrix, int, double>>& parts) : a(std::move(a_)) {
+        lora.a = a.data();
+        lora.width = static_cast<int>(a.shape(1));
+        for (const auto& [b, first_out, scale] : parts) {
+            const int outs = static_cast<int>(b.shape(0)), ranks = static_cast<int>(b.shape(1));
+            if (first_out < 0 || first_out % GROUP || outs % GROUP) bad("parts: columns: not a multiple of 8");
+            lora.parts.push_back({b.data(), lora.ranks, ranks, first_out, outs});
+            lora.scale.insert(lora.scale.end(), ranks, static_cast<float>(scale));
+            lora.ranks += ranks;
+            bs.push_back(b);
+        }
+        if (lora.ranks < 1 || lora.ranks != static_cast<int>(a.shape(0))) bad("a: one row for each rank expected");
+    }
+};
+
 // The keys and values of all layers, float32 or int8 with a scale per token and head.
 struct KV {
     std::vector<KVLayer> layers;
@@ -76,6 +102,7 @@ struct KV {
     std::vector<Scales> scales;
     size_t num_slots = 0;
     int heads = 0, head_dim = 0;
+    bool one_piece = true;  // float32, and each layer's values follow its keys
 
     KV(std::vector<Cache> keys_, std::vector<Cache> values_, std::vector<Scales> key_scales,
        std::vector<Scales> value_scales)
@@ -98,6 +125,8 @@ struct KV {
                 }
             }
             layers.push_back({keys[i].data(), values[i].data(), nullptr, nullptr});
+            const auto* behind = static_cast<float*>(keys[i].data()) + num_slots * heads * head_dim;
+            one_piece = one_piece && !quantized && values[i].data() == behind;
             if (!quantized) continue;
             for (const Scales* part : {&key_scales[i], &value_scales[i]}) {
                 if (part->shape(0) != num_slots || static_cast<int>(part->shape(1)) != heads) {
@@ -150,6 +179,9 @@ void check_slots(const Vector<int64_t>& slots, size_t rows, size_t num_slots) {
 }
 
 using Table = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Units = nb::ndarray<const int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using BypassArgs = std::tuple<int, int, std::vector<const LowRankRef*>>;  // first row, end, by layer and site
+using TapArgs = std::tuple<int, int, Units>;                              // place, first row, units of each row
 
 // The layers of one decoder; see layers.h.
 class Layers {
@@ -189,7 +221,8 @@ class Layers {
     }
 
     void forward(Out x, int begin, int end, const KV& kv, Rows cos, Rows sin, Vector<int64_t> slots, Table table,
-                 Vector<int32_t> blocks, int block_size, int threads) const {
+                 Vector<int32_t> blocks, int block_size, const std::vector<BypassArgs>& bypasses,
+                 const std::vector<TapArgs>& taps, int threads) const {
         const int rows = static_cast<int>(x.shape(0));
         const int half = shape_.head_dim / 2;
         if (begin < 0 || end > static_cast<int>(layers_.size()) || kv.layers.size() != layers_.size() ||
@@ -207,13 +240,55 @@ class Layers {
         check_rows(cos, "cos");
         check_rows(sin, "sin");
         check_slots(slots, rows, kv.num_slots);
-        const auto spans = spans_of(table, blocks, rows, block_size, kv.num_slots);
+        LayerRows batch{x.data(),   rows,       cos.data(), sin.data(),
+                        slots.data(), block_size, spans_of(table, blocks, rows, block_size, kv.num_slots),
+                        {},         {}};
+        std::vector<std::vector<const LowRank*>> loras;
+        loras.reserve(bypasses.size());
+        for (const auto& [first, last, refs] : bypasses) {
+            if (first < 0 || last <= first || last > rows) bad("bypasses: rows outside of the batch");
+            if (refs.size() != SITES * layers_.size()) bad("bypasses: one for each layer and site expected");
+            loras.push_back(loras_of(refs));
+            batch.bypasses.push_back({first, last, loras.back().data()});
+        }
+        for (const auto& [place, first, units] : taps) batch.taps.push_back(tap_of(kv, rows, place, first, units));
         nb::gil_scoped_release release;
-        run_layers(isa(), threads, shape_, layers_, kv.layers, begin, end, x.data(), rows, cos.data(), sin.data(),
-                   slots.data(), spans, block_size);
+        run_layers(isa(), threads, shape_, layers_, kv.layers, begin, end, batch);
     }
 
   private:
+    std::vector<const LowRank*> loras_of(const std::vector<const LowRankRef*>& refs) const {
+        std::vector<const LowRank*> loras;
+        for (size_t i = 0; i < refs.size(); ++i) {
+            loras.push_back(refs[i] ? &refs[i]->lora : nullptr);
+            if (!refs[i]) continue;
+            const int site = static_cast<int>(i % SITES);
+            if (loras[i]->width != shape_.width_in(site)) bad("bypasses: a: wrong width");
+            for (const auto& part : loras[i]->parts) {
+                if (part.first_out > shape_.width_out(site) - part.outs) bad("bypasses: b: wrong shape");
+            }
+        }
+        return loras;
+    }
+
+    Tap tap_of(const KV& kv, int rows, int place, int first, const Units& units) const {
+        const int widths[] = {shape_.width, shape_.q_width(), shape_.width, 2 * shape_.ff};
+        const int unit = shape_.kv_heads * shape_.head_dim;
+        if (!kv.one_piece) bad("taps: a float32 cache, keys and values in one piece, expected");
+        if (place < 0 || place > 3) bad("taps: place: not one of 0 to 3");
+        if (first < 0 || units.shape(0) > static_cast<size_t>(rows - std::min(first, rows))) {
+            bad("taps: rows outside of the batch");
+        }
+        if (static_cast<int>(units.shape(1)) != (widths[place] + unit - 1) / unit) bad("taps: units: wrong shape");
+        for (size_t i = 0; i < units.size(); ++i) {
+            if (units.data()[i] < 0 || static_cast<size_t>(units.data()[i]) >= 2 * kv.num_slots) {
+                bad("taps: unit " + std::to_string(units.data()[i]) + " is outside of the cache");
+            }
+        }
+        const int last = first + static_cast<int>(units.shape(0));
+        return {static_cast<Place>(place), first, last, static_cast<int>(units.shape(1)), units.data()};
+    }
+
     Shape shape_;
     std::vector<Layer> layers_;
     std::vector<Vector<float>> norms_;  // what the pointers of layers_ point to
@@ -231,8 +306,9 @@ void linear(const WeightRef& w, Rows x, Out y, bool add, int threads) {
     const Activations activations = scratch().activations(rows, w.weight.columns);
     run_team(threads, [&](Team& team) {
         Work work(team, threads);
-        isa().quantize(work, x.data(), x.stride(0), nullptr, 0.0f, activations);
-        isa().linear(work, w.weight, activations, add ? Then::Add : Then::Store, y.data(), y.stride(0));
+        isa().quantize(work, x.data(), x.stride(0), nullptr, 0.0f, nullptr, activations);
+        isa().linear(work, w.weight, activations, add ? Then::Add : Then::Store, y.data(), y.stride(0),
+                     nullptr);
     });
 }
 
@@ -269,15 +345,13 @@ void rms_norm(Rows x, Vector<float> weight, float eps, Out out, int threads) {
 
 void silu_mul(Rows gate_up, Out out, int threads) {
     check_rows(gate_up, "gate_up");
-    if (gate_up.shape(1) != 2 * out.shape(1) || gate_up.shape(0) != out.shape(0) ||
-        out.stride(0) != static_cast<int64_t>(out.shape(1))) {
-        bad("silu_mul: wrong shape");
-    }
+    check_rows(out, "out");
+    if (gate_up.shape(1) != 2 * out.shape(1) || gate_up.shape(0) != out.shape(0)) bad("silu_mul: wrong shape");
     nb::gil_scoped_release release;
     run_team(threads, [&](Team& team) {
         Work work(team, threads);
         isa().silu_mul(work, gate_up.data(), gate_up.stride(0), static_cast<int>(out.shape(0)),
-                       static_cast<int>(out.shape(1)), out.data());
+                       static_cast<int>(out.shape(1)), out.data(), out.stride(0));
     });
 }
 
@@ -401,13 +475,16 @@ NB_MODULE(_native, m) {
     nb::class_<WeightRef>(m, "Weight")
         .def(nb::init<int, int, int, Bytes, std::optional<Vector<float>>>(), "format"_a, "rows"_a, "columns"_a,
              "data"_a.noconvert(), "bias"_a.none() = nb::none());
+    nb::class_<LowRankRef>(m, "LowRank")
+        .def(nb::init<LowRankRef::Matrix, const std::vector<std::tuple<LowRankRef::Matrix, int, double>>&>(),
+             "a"_a.noconvert(), "parts"_a.noconvert());
     nb::class_<Layers>(m, "Layers")
         .def(nb::init<int, int, int, int, int, float>(), "width"_a, "ff"_a, "heads"_a, "kv_heads"_a,
              "head_dim"_a, "eps"_a)
         .def("add", &Layers::add, "input_norm"_a, "qkv"_a, "q_norm"_a.none(), "k_norm"_a.none(), "o"_a,
              "post_norm"_a, "gate_up"_a, "down"_a, "window"_a)
         .def("forward", &Layers::forward, "x"_a.noconvert(), "begin"_a, "end"_a, "kv"_a, "cos"_a, "sin"_a,
-             "slots"_a, "spans"_a, "blocks"_a, "block_size"_a, "threads"_a);
+             "slots"_a, "spans"_a, "blocks"_a, "block_size"_a, "bypasses"_a, "taps"_a, "threads"_a);
     nb::class_<KV>(m, "KV")
         .def(nb::init<std::vector<Cache>, std::vector<Cache>, std::vector<Scales>, std::vector<Scales>>(),
              "keys"_a.noconvert(), "values"_a.noconvert(), "key_scales"_a.noconvert(),

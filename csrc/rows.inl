@@ -12,11 +12,12 @@ void rms_norm(Work& work, const float* x, ptrdiff_t x_stride, const float* weigh
     work.each(rows, [&](int t) { norm_row(x + t * x_stride, weight, eps, width, out + t * out_stride); });
 }
 
-void silu_mul(Work& work, const float* gate_up, ptrdiff_t stride, int rows, int width, float* out) {
+void silu_mul(Work& work, const float* gate_up, ptrdiff_t stride, int rows, int width, float* out,
+              ptrdiff_t out_stride) {
     work.each(rows, [&](int t) {
         const float* gate = gate_up + t * stride;
         const float* up = gate + width;
-        float* to = out + static_cast<ptrdiff_t>(t) * width;
+        float* to = out + t * out_stride;
         int i = 0;
         for (; i + 8 <= width; i += 8) store(to + i, silu(load(gate + i)) * load(up + i));
         for (; i < width; ++i) to[i] = silu(splat(gate[i]))[0] * up[i];

@@ -87,6 +87,33 @@ static inline f32x8 sums(const f32x8* v) {
            __builtin_shufflevector(u[0], u[1], 4, 5, 6, 7, 12, 13, 14, 15);
 }
 
+// Element j of v[i] goes to element i of v[j].
+static inline void transpose(f32x8* v) {
+    f32x8 t[8], u[8];
+    for (int i = 0; i < 4; ++i) {
+        t[2 * i] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
+        t[2 * i + 1] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        for (int j = 0; j < 2; ++j) {
+            u[i + j] = __builtin_shufflevector(t[i + j], t[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+            u[i + j + 2] = __builtin_shufflevector(t[i + j], t[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+        }
+    }
+    for (int i = 0; i < 4; ++i) {
+        v[i] = __builtin_shufflevector(u[i], u[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        v[i + 4] = __builtin_shufflevector(u[i], u[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+}
+
+// The lower half of a wide vector plus the upper one; the vector itself where it is no wider.
+static inline f32x8 folded(f32xw v) {
+    f32x8 low, high = {};
+    memcpy(&low, &v, sizeof low);
+    memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof v - sizeof high, sizeof high);
+    return WIDE == 8 ? low : low + high;
+}
+
 // e^x to 2e-7 relative, by reduction to |r| <= ln 2 / 2 and a Taylor polynomial of degree 7. NaN stays NaN;
 // above 88.7 infinity, below -87.3 zero.
 template <class F>

@@ -26,6 +26,17 @@ inline void relax() {
 #endif
 }
 
+template <class F>
+void spin_until(F&& reached) {
+    for (int spins = 0; !reached(); ++spins) {
+        if (spins < SPINS) {
+            relax();
+        } else {
+            sched_yield();
+        }
+    }
+}
+
 struct Call {
     TeamFunction function;
     void* data;
@@ -98,13 +109,11 @@ class Pool {
 }  // namespace
 
 void Work::wait_beyond(uint64_t step) const {
-    for (int spins = 0; (team_.state.load(std::memory_order_acquire) >> 32) <= step; ++spins) {
-        if (spins < SPINS) {
-            relax();
-        } else {
-            sched_yield();
-        }
-    }
+    spin_until([&] { return (team_.state.load(std::memory_order_acquire) >> 32) > step; });
+}
+
+void wait_for(const std::atomic<int>& counter, int count) {
+    spin_until([&] { return counter.load(std::memory_order_acquire) >= count; });
 }
 
 void run_team(int threads, TeamFunction function, void* data) {

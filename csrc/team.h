@@ -28,6 +28,9 @@ void run_team(int threads, F&& f) {
         threads, [](void* data, Team& team) { (*static_cast<F*>(data))(team); }, &f);
 }
 
+// Returns when a counter has come so far: another thread of the team is at work on what is missing.
+void wait_for(const std::atomic<int>& counter, int count);
+
 // Whose threads `run_team` uses: "GNU OpenMP" or "own".
 const char* pool_name();
 

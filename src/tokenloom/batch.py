@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tokenloom.kernels import Kernels, KVSpan, Linear
+from tokenloom.kernels import Kernels, KVSpan, Linear, LowRank
 
 Keep = Callable[[int, str, int], Tensor | None]
 """(layer, site, width) -> what dropout multiplies a site's input by, `[rows, width]`; None: nothing."""
@@ -24,6 +24,10 @@ class SegmentKind(Enum):
 
 class Bypass(Protocol):
     """What an adapter adds beside one frozen projection (FlexLLM, arXiv 2402.18789: bypass networks)."""
+
+    @property
+    def low_rank(self) -> LowRank | None:
+        """The same as two matrices, where that is all it is: fused kernels then run it."""
 
     def forward(self, x: Tensor, y: Tensor, linear: Linear, kernels: Kernels, keep: Tensor | None) -> None:
         """Change y `[n, out]`, which holds `linear(x)`, in place; x `[n, in]`, keep like x."""
@@ -54,6 +58,11 @@ class Tap(Protocol):
 
     def save(self, layer: int, site: str, value: Tensor) -> None:
         """value `[len(rows), width]`; it is overwritten afterwards, so it must be copied."""
+
+    def units(self) -> dict[str, Tensor] | None:
+        """Where in `KVCache.rows` of every layer the sites' values go, int64 `[len(rows), units of a row]` by
+        site: fused kernels then write them, and `save` gets what the last layer puts out alone. None: `save`
+        must see every value."""
 
 
 @dataclass(slots=True)

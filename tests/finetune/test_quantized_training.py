@@ -63,6 +63,25 @@ def test_native_kernels_give_that_gradient_up_to_rounded_activations(rig: Rig) -
     assert float(found @ wanted / (found.norm() * wanted.norm())) > 0.98
 
 
+@pytest.mark.skipif(native is None, reason="the native kernels were not built")
+@pytest.mark.parametrize("retain", ["lean", "fast", "ckpt"])
+def test_a_forward_in_one_call_gives_the_operators_gradient(rig: Rig, retain: str) -> None:
+    """Up to an activation here and there that the two round differently."""
+    adapter = Adapter(
+        LoraConfig(r=3, alpha=6.0), Dims.of(rig.files.config), torch.float32, torch.device("cpu")
+    )
+    adapter.flat.copy_(rig.adapter().flat)
+    grads = []
+    for is_fused in (True, False):
+        engine = rig.engine(model__quantize="q8", model__backend="cpu", model__dtype="float32")
+        assert engine.decoder.fused is not None
+        if not is_fused:
+            engine.decoder.fused = None
+        grads.append(flat(gradients(engine, adapter, SAMPLES, random_sizes(4), retain=retain)[1]))
+    found, wanted = grads
+    assert float(found @ wanted / (found.norm() * wanted.norm())) > 0.999
+
+
 def test_a_cache_of_8_bits_is_refused(rig: Rig, tmp_path: Path) -> None:
     from test_trainer import Listener, trainer
 

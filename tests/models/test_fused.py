@@ -8,40 +8,21 @@ rounding of float32 only.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
+from fused_models import BLOCK, FAMILIES, IDS, ISAS, Runner, assert_same, batch_of, build_runner
 from tiny_models import build_tiny, write_gguf
-from tokenloom.batch import Batch, BatchBuilder, SegmentKind
-from tokenloom.cache.kv_cache import KVCache
 from tokenloom.engine.sampling_params import SamplingParams
-from tokenloom.kernels import get_kernels, native
+from tokenloom.kernels import native
 from tokenloom.llm import LLM
-from tokenloom.models.decoder import Decoder
-from tokenloom.models.loader import open_model
-from tokenloom.models.weight_loader import Quantize, WeightLoader
+from tokenloom.models.weight_loader import Quantize
 
 pytestmark = pytest.mark.skipif(native is None, reason="the native kernels were not built")
-
-CPU = torch.device("cpu")
-BLOCK = 4
-ISAS = native.isas() if native is not None else []
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {}),
-    "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
-    "multi-head": ("llama", {"num_key_value_heads": 4}),
-    "one kv head": ("llama", {"num_key_value_heads": 1}),
-    "sliding window": ("mistral", {}),
-    "qkv bias": ("qwen2", {}),
-    "qk norm": ("qwen3", {}),
-    "wide heads": ("llama", {"head_dim": 32}),
-}
-IDS = torch.randint(0, 200, (40,), generator=torch.Generator().manual_seed(1)).tolist()
 
 
 @pytest.fixture(autouse=True)
@@ -52,67 +33,9 @@ def usual_machine() -> Iterator[None]:
     native.use_isa(ISAS[0])
 
 
-@dataclass
-class Runner:
-    decoder: Decoder
-
-    def cache(self, dtype: torch.dtype = torch.float32) -> KVCache:
-        config = self.decoder.config
-        sizes = (config.num_layers, config.num_kv_heads, config.head_dim)
-        return KVCache(*sizes, num_blocks=64, block_size=BLOCK, dtype=dtype, device=CPU)
-
-    def forward(self, batch: Batch, kv: KVCache) -> Tensor:
-        return self.decoder.logits(self.decoder.forward(batch, kv))
-
-    def logits(self, chunks: list[int], kv_dtype: torch.dtype = torch.float32) -> Tensor:
-        """Of IDS, `[40, V]`, so many tokens at a time."""
-        kv, at, rows = self.cache(kv_dtype), 0, []
-        for length in chunks:
-            rows.append(self.forward(batch_of([(IDS[at : at + length], at, list(range(3, 14)))]), kv))
-            at += length
-        return torch.cat(rows)
-
-    def op_by_op(self) -> Runner:
-        self.decoder.fused = None
-        return self
-
-
-def batch_of(parts: list[tuple[list[int], int, list[int]]]) -> Batch:
-    """parts: tokens, how many came before them, and blocks of each sequence."""
-    builder = BatchBuilder(CPU)
-    for tokens, past, blocks in parts:
-        builder.add(
-            SegmentKind.PREFILL,
-            tokens,
-            blocks,
-            kv_start=past,
-            block_size=BLOCK,
-            contiguous=False,
-            logits="all",
-        )
-    return builder.build()
-
-
 @pytest.fixture
 def runner(tmp_path: Path) -> Callable[..., Runner]:
-    def build(
-        family: str = "llama", quantize: Quantize = "q8", backend: str = "cpu", source: Path | None = None
-    ) -> Runner:
-        if source is None:
-            architecture, overrides = FAMILIES[family]
-            source, _ = build_tiny(tmp_path, architecture, torch.float32, **overrides)
-        files = open_model(str(source))
-        load = WeightLoader(files.weights, torch.float32, CPU, quantize)
-        return Runner(Decoder(files.config, load, get_kernels(backend)))
-
-    return build
-
-
-def assert_same(actual: Tensor, expected: Tensor) -> None:
-    """Up to an activation here and there that is rounded the other way."""
-    rows = (actual - expected).abs().amax(-1) / expected.std()
-    assert rows.sort().values[3] < 1e-5  # not one that only reads itself
-    assert rows.max() < 0.15
+    return partial(build_runner, tmp_path)
 
 
 @pytest.mark.parametrize("quantize", ["q8", "q4"])
@@ -242,7 +165,7 @@ def test_a_row_that_is_not_finite_spoils_its_own_sequence(runner: Callable[..., 
     clean, spoiled = x.clone(), x.clone()
     spoiled[21, 5] = torch.nan  # the one row of the second sequence
     for rows in (clean, spoiled):
-        fused(rows, model.cache(), batch.slots, batch.spans, *cos_sin)
+        assert fused(batch, model.cache(), rows, *cos_sin)
     others = torch.arange(batch.num_rows) != 21
     assert spoiled[21].isnan().all() and clean.isfinite().all()
     assert torch.equal(spoiled[others], clean[others])
@@ -310,6 +233,8 @@ def arguments(model: Runner) -> dict[str, Any]:
         "spans": torch.tensor([[0, 3, 3, 0]], dtype=torch.int32),
         "blocks": torch.tensor([1], dtype=torch.int32),
         "block_size": BLOCK,
+        "bypasses": [],
+        "taps": [],
         "threads": 1,
     }
 

@@ -120,6 +120,11 @@ class Retained:
         units = rows.index_select(0, self._address_here[first:last]) if run is None else rows[run]
         return units.view(end - begin, per_row * self._unit)[:, : self._widths[site]]
 
+    def units(self, site: str, begin: int, end: int) -> Tensor:
+        """Where rows `begin .. end` of a site lie in `KVCache.rows`, int64 `[end - begin, units per row]`."""
+        first, last, per_row = self._units(site, begin, end)
+        return self._address_here[first:last].view(-1, per_row)
+
     def _run(self, first: int, last: int) -> slice | None:
         """The units as one slice of the cache's rows, if they are consecutive."""
         start, stop = int(self._address[first]), int(self._address[last - 1]) + 1

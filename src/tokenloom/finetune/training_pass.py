@@ -292,3 +292,9 @@ class _Capture:
             owner.hidden[self.begin : self.begin + len(value)] = value
         elif owner.retained is not None:
             owner.retained.write(layer, site, self.begin, value)
+
+    def units(self) -> dict[str, Tensor]:
+        retained, end = self.owner.retained, self.begin + self.rows.stop - self.rows.start
+        return (
+            {} if retained is None else {site: retained.units(site, self.begin, end) for site in self.sites}
+        )

@@ -10,6 +10,7 @@ from tokenloom.kernels.interface import (
     KVSpan,
     LayerWeights,
     Linear,
+    LowRank,
 )
 from tokenloom.kernels.native import native
 from tokenloom.kernels.packed import FORMATS, PackedWeight, Weight, dense, num_bytes, times
@@ -23,6 +24,7 @@ __all__ = [
     "Kernels",
     "LayerWeights",
     "Linear",
+    "LowRank",
     "PackedWeight",
     "Weight",
     "dense",

@@ -5,8 +5,8 @@ What it has no kernel for (other dtypes, weights that are not packed) is the tor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,8 +18,15 @@ from tokenloom.kernels.native import native
 from tokenloom.kernels.packed import PackedWeight
 from tokenloom.kernels.torch_ops import TorchKernels
 
+if TYPE_CHECKING:
+    from tokenloom.batch import Batch, Bypass
+
 HEAD_DIMS = (8, 16, 32, 64, 80, 96, 128)
 MAX_GROUP = 64  # query heads per KV head
+
+# As the native kernels number them.
+SITES = ("qkv", "o", "gate_up", "down")
+PLACES = ("input", "query", "residual", "gate_up")
 
 SpanTable = tuple[Tensor, Tensor]
 
@@ -140,17 +147,20 @@ class FusedLayers:
                 layer.window or 0,
             )
 
-    def __call__(
-        self,
-        x: Tensor,
-        kv: KVCache,
-        slots: Tensor,
-        spans: list[KVSpan],
-        cos: Tensor,
-        sin: Tensor,
-    ) -> None:
-        """x `[T, hidden_size]` through all layers, in place; cos, sin `[T, D / 2]`; slots `[T]`."""
-        table, blocks = span_table(spans)
+    def __call__(self, batch: Batch, kv: KVCache, x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+        bypasses = []
+        for part in batch.bypasses:
+            loras = None if part.keep is not None else _native_loras(part.layers)
+            if loras is None:
+                return False
+            bypasses.append((part.rows.start, part.rows.stop, loras))
+        taps = []
+        for tap in batch.taps:
+            units = tap.units()
+            if units is None or kv.quantized:
+                return False
+            taps += [(PLACES.index(site), tap.rows.start, where) for site, where in units.items()]
+        table, blocks = span_table(batch.spans)
         self._native.forward(
             x,
             0,
@@ -158,12 +168,35 @@ class FusedLayers:
             native_cache(kv),
             cos,
             sin,
-            slots,
+            batch.slots,
             table,
             blocks,
             kv.block_size,
+            bypasses,
+            taps,
             torch.get_num_threads(),
         )
+        return True
+
+
+def _native_loras(layers: Sequence[Mapping[str, Bypass]]) -> list[Any] | None:
+    """An adapter's bypasses by layer and site, None where it has none; None if one of them is not a LoRA."""
+    loras: list[Any] = []
+    for sites in layers:
+        for site in SITES:
+            bypass = sites.get(site)
+            if bypass is None:
+                loras.append(None)
+                continue
+            lora = bypass.low_rank
+            if lora is None or lora.a.dtype != torch.float32:
+                return None
+            if lora.native is None:
+                lora.native = native.LowRank(
+                    lora.a, [(b, out.start, float(scale)) for b, _, out, scale in lora.parts]
+                )
+            loras.append(lora.native)
+    return loras
 
 
 def span_table(spans: list[KVSpan]) -> SpanTable:

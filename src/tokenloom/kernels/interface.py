@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from tokenloom.cache.kv_cache import KVCache
 from tokenloom.kernels.packed import Weight
+
+if TYPE_CHECKING:
+    from tokenloom.batch import Batch
 
 
 @dataclass(slots=True)
@@ -34,6 +37,21 @@ class LayerWeights:
     gate_up: Linear
     down: Linear
     window: int | None
+
+
+@dataclass(slots=True)
+class LowRank:
+    """What a LoRA adds beside one projection: `y[:, out] += scale * (x Aᵀ)[:, rank] Bᵀ` for each part.
+
+    Attributes:
+        a: `[sum of ranks, in]`.
+        parts: (B `[width of out, width of rank]`, rank, out, scale); the ranks follow one another.
+    """
+
+    a: Tensor
+    parts: list[tuple[Tensor, slice, slice, float]]
+    native: Any = None
+    """What the native kernels made of it."""
 
 
 class ModelShape(Protocol):
@@ -98,10 +116,11 @@ class KVSpan:
 class FusedLayers(Protocol):
     """All layers of a decoder, in one call."""
 
-    def __call__(
-        self, x: Tensor, kv: KVCache, slots: Tensor, spans: list[KVSpan], cos: Tensor, sin: Tensor
-    ) -> None:
-        """x `[T, hidden_size]` in place; its keys and values go to slots `[T]`; cos, sin `[T, D / 2]`."""
+    def __call__(self, batch: Batch, kv: KVCache, x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+        """Run a batch: x `[T, hidden_size]` in place; cos, sin `[T, D / 2]`.
+
+        False, with nothing done, where the batch has bypasses or taps that only the operators know.
+        """
 
 
 class Kernels(Protocol):

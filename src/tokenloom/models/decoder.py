@@ -49,10 +49,9 @@ class Decoder:
         """
         cos, sin = self.rope.cos_sin(batch.positions)
         x = self._embed(batch.tokens)
-        if self.fused is not None and not batch.bypasses and not batch.taps:
-            self.fused(x, kv, batch.slots, batch.spans, cos, sin)
-        else:
+        if self.fused is None or not self.fused(batch, kv, x, cos, sin):
             x = self._layers(batch, kv, x, cos, sin)
+        self._tap(batch, len(self.layers), "input", x)
         return self.kernels.rms_norm(x, self.norm, self.config.rms_norm_eps)
 
     def _embed(self, tokens: Tensor) -> Tensor:
@@ -84,7 +83,6 @@ class Decoder:
             gate_up = self._project(batch, i, "gate_up", layer.gate_up, normed)
             self._tap(batch, i, "gate_up", gate_up)
             x = x + self._project(batch, i, "down", layer.down, kernels.silu_mul(gate_up))
-        self._tap(batch, len(self.layers), "input", x)
         return x
 
     def _project(self, batch: Batch, index: int, site: str, linear: Linear, x: Tensor) -> Tensor:

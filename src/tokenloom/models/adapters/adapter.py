@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenloom.errors import TokenloomError
-from tokenloom.kernels import Kernels, Linear
+from tokenloom.kernels import Kernels, Linear, LowRank
 from tokenloom.models.adapters.sites import SITES, Dims
 
 Params = tuple[Tensor, ...]
@@ -24,6 +24,10 @@ class TrainableBypass(Protocol):
     """A bypass at one site of one layer. n rows; x `[n, in]` is what the frozen projection reads."""
 
     params: Params
+
+    @property
+    def low_rank(self) -> LowRank | None:
+        """See `batch.Bypass`."""
 
     def forward(self, x: Tensor, y: Tensor, linear: Linear, kernels: Kernels, keep: Tensor | None) -> None:
         """Change y `[n, out]`, which holds `linear(x)`, in place. keep: dropout's multiplier, like x."""

@@ -91,6 +91,8 @@ class BottleneckConfig:
 class Bottleneck:
     """One bottleneck. `params` is (down `[size, out]`, its bias, up `[out, size]`, its bias)."""
 
+    low_rank = None
+
     def __init__(self, params: Params, scale: float, activation: Activation) -> None:
         self.params = params
         self.scale = scale

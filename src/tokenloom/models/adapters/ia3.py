@@ -71,6 +71,8 @@ class Ia3:
     input; `parts` says, per target, its columns of y (rows of the stacked weight), and whether it does.
     """
 
+    low_rank = None
+
     def __init__(self, params: Params, parts: list[tuple[slice, bool]]) -> None:
         self.params = params
         self.parts = parts

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenloom.kernels import Kernels, Linear
+from tokenloom.kernels import Kernels, Linear, LowRank
 from tokenloom.models.adapters.adapter import Params, check_targets, targets_of
 from tokenloom.models.adapters.sites import LINEARS, MODULE, Dims, module_suffix
 
@@ -113,11 +113,11 @@ class Lora:
 
     def __init__(self, params: Params, parts: list[tuple[slice, slice, float]]) -> None:
         self.params = params
-        self.parts = parts
+        self.low_rank = LowRank(params[0], [(b, *part) for b, part in zip(params[1:], parts, strict=True)])
 
     def forward(self, x: Tensor, y: Tensor, linear: Linear, kernels: Kernels, keep: Tensor | None) -> None:
         z = self._middle(kernels.linear(self._input(x, keep), self.params[0]))
-        for (rank, out, _), b in zip(self.parts, self.params[1:], strict=True):
+        for b, rank, out, _ in self.low_rank.parts:
             if b.dtype == y.dtype:
                 kernels.add_linear(y[:, out], z[:, rank], b)
             else:
@@ -130,7 +130,7 @@ class Lora:
         x, wide_dy = self._input(x, keep), dy.to(a.dtype)
         z = self._middle(kernels.linear(x, a))
         dz = torch.empty_like(z)
-        for (rank, out, _), b, grad in zip(self.parts, self.params[1:], grads[1:], strict=True):
+        for (b, rank, out, _), grad in zip(self.low_rank.parts, grads[1:], strict=True):
             grad.addmm_(wide_dy[:, out].t(), z[:, rank])
             torch.mm(wide_dy[:, out], b, out=dz[:, rank])
         dz = self._middle(dz)
@@ -145,7 +145,7 @@ class Lora:
 
     def _middle(self, z: Tensor) -> Tensor:
         """z `[n, sum r]` times each part's scale, in place."""
-        for rank, _, scale in self.parts:
+        for _, rank, _, scale in self.low_rank.parts:
             if scale != 1:
                 z[:, rank] *= scale
         return z
