@@ -78,6 +78,12 @@ void check_products(const Kernels& kernels, const Kernels& plain, Work& work) {
             plain.unpack(w, row, wanted.data());
             check("unpack", static_cast<int>(format), got, wanted, 0.0f);
         }
+        for (int g = 0; g < w.groups(); ++g) {
+            std::vector<float> got(GROUP * columns), wanted(GROUP * columns);
+            kernels.unpack_group(w, g, got.data(), columns);
+            for (int row = 0; row < GROUP; ++row) plain.unpack(w, GROUP * g + row, wanted.data() + row * columns);
+            check("unpack_group", static_cast<int>(format), got, wanted, 0.0f);
+        }
         for (int rows : {1, 2, 3, 4, 5, 9, 64, 66}) {
             const auto x = normal(static_cast<size_t>(rows) * columns);
             const Quantized mine(kernels, work, x, rows, columns), its(plain, work, x, rows, columns);

@@ -85,6 +85,7 @@ struct Kernels {
     void (*linear)(Work& work, const Weight& w, const Activations& x, Then then, float* out, ptrdiff_t stride,
                    LowRankPass* bypasses);
     void (*unpack)(const Weight& w, int row, float* out);  // one row of a weight, float32 [K]
+    void (*unpack_group)(const Weight& w, int g, float* out, ptrdiff_t stride);  // its rows 8 g .. 8 g + 8
     void (*rms_norm)(Work& work, const float* x, ptrdiff_t x_stride, const float* weight, float eps, int rows,
                      int width, float* out, ptrdiff_t out_stride);
     void (*silu_mul)(Work& work, const float* gate_up, ptrdiff_t stride, int rows, int width, float* out,

@@ -329,6 +329,25 @@ void unpack(const WeightRef& w, Vector<int64_t> rows, Out out, int threads) {
     });
 }
 
+void unpack_rows(const WeightRef& w, int first, Out out, int threads) {
+    check_rows(out, "out");
+    const int rows = static_cast<int>(out.shape(0)), end = first + rows;
+    if (static_cast<int>(out.shape(1)) != w.weight.columns) bad("out: wrong shape");
+    if (first < 0 || rows > w.weight.rows - first) bad("first: rows out of range");
+    if (rows == 0) return;
+    nb::gil_scoped_release release;
+    const int begin = first / GROUP;
+    run_team(threads, [&](Team& team) {
+        Work work(team, threads);
+        work.each((end - 1) / GROUP + 1 - begin, [&](int piece) {
+            const int from = (begin + piece) * GROUP;
+            const auto row = [&](int r) { return out.data() + (r - first) * out.stride(0); };
+            if (from >= first && from + GROUP <= end) return isa().unpack_group(w.weight, begin + piece, row(from), out.stride(0));
+            for (int r = std::max(from, first); r < std::min(from + GROUP, end); ++r) isa().unpack(w.weight, r, row(r));
+        });
+    });
+}
+
 void rms_norm(Rows x, Vector<float> weight, float eps, Out out, int threads) {
     check_rows(x, "x");
     check_rows(out, "out");
@@ -491,6 +510,7 @@ NB_MODULE(_native, m) {
              "value_scales"_a.noconvert());
     m.def("linear", &linear, "weight"_a, "x"_a, "y"_a.noconvert(), "add"_a, "threads"_a);
     m.def("unpack", &unpack, "weight"_a, "rows"_a, "out"_a.noconvert(), "threads"_a);
+    m.def("unpack_rows", &unpack_rows, "weight"_a, "first"_a, "out"_a.noconvert(), "threads"_a);
     m.def("rms_norm", &rms_norm, "x"_a, "weight"_a, "eps"_a, "out"_a.noconvert(), "threads"_a);
     m.def("silu_mul", &silu_mul, "gate_up"_a, "out"_a.noconvert(), "threads"_a);
     m.def("rms_norm_backward", &rms_norm_backward, "dx"_a.noconvert(), "dy"_a, "x"_a, "weight"_a, "eps"_a,

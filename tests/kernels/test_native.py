@@ -241,9 +241,26 @@ def test_unpack_equals_gguf_own_numbers_on_every_half(name: str, isa: str) -> No
     native.use_isa(isa)
     with np.errstate(all="ignore"):
         expected = torch.from_numpy(gguf.quants.dequantize(rows, GGMLQuantizationType[name]))
-    actual = weight.dense()
-    assert torch.equal(actual.isnan(), expected.isnan())
-    assert torch.equal(actual.nan_to_num(), expected.nan_to_num())
+    for actual in (weight.dense(), weight.rows(torch.arange(2**16))):
+        assert torch.equal(actual.isnan(), expected.isnan())
+        assert torch.equal(actual.nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("rows", [(0, 29), (3, 29), (8, 24), (5, 6), (13, 15), (7, 17), (29, 29), (24, 29)])
+def test_consecutive_rows_are_those_that_are_picked(rows: tuple[int, int], name: str, isa: str) -> None:
+    native.use_isa(isa)
+    weight, (first, end) = weight_of(name, 29, 96), rows
+    picked = weight.rows(torch.arange(first, end))
+    assert torch.equal(weight.dense(slice(first, end)), picked)
+    around = torch.full((end - first + 2, 100), 7.0)
+    inner = around[1:-1, 1:97]
+    assert weight.dense(slice(first, end), out=inner) is inner
+    assert torch.equal(inner, picked)
+    inner.fill_(7)
+    assert (around == 7).all()
+    assert torch.equal(weight.dense(slice(first, end), out=picked.double()), picked.double())
 
 
 # -- what is refused ----------------------------------------------------------------------------------------
@@ -277,6 +294,15 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: native.unpack(native.Weight(0, 8, 64, EIGHT), torch.tensor([-1]), F(1, 64), 1),
         "rows",
     ),
+    "rows too high": (
+        lambda: native.unpack_rows(native.Weight(0, 8, 64, EIGHT), 7, F(2, 64), 1),
+        "first: rows out of range",
+    ),
+    "rows below 0": (
+        lambda: native.unpack_rows(native.Weight(0, 8, 64, EIGHT), -1, F(2, 64), 1),
+        "first: rows out of range",
+    ),
+    "rows out": (lambda: native.unpack_rows(native.Weight(0, 8, 64, EIGHT), 0, F(2, 32), 1), "out"),
     "unpack out": (
         lambda: native.unpack(native.Weight(0, 8, 64, EIGHT), torch.tensor([1]), F(1, 32), 1),
         "out",

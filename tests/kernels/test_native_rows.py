@@ -28,7 +28,7 @@ def normed(x: Tensor, weight: Tensor, eps: float = 1e-5, threads: int = 2) -> Te
 
 
 def gated(x: Tensor, threads: int = 2) -> Tensor:
-    out = torch.empty(len(x), x.shape[1] // 2)
+    out = torch.empty(len(x), x.shape[1] // 2 + 3)[:, : x.shape[1] // 2]
     native.silu_mul(x, out, threads)
     return out
 
@@ -222,7 +222,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "norm out": (lambda: native.rms_norm(F(2, 8), F(8), 0.0, F(3, 8), 1), "rms_norm"),
     "norm strided": (lambda: native.rms_norm(F(2, 16)[:, ::2], F(8), 0.0, F(2, 8), 1), "x: "),
     "silu width": (lambda: native.silu_mul(F(2, 8), F(2, 5), 1), "silu_mul"),
-    "silu out strided": (lambda: native.silu_mul(F(2, 8), F(2, 8)[:, :4], 1), "silu_mul"),
+    "silu out strided": (lambda: native.silu_mul(F(2, 8), F(2, 8)[:, ::2], 1), "out: "),
+    "silu out": (lambda: native.silu_mul(F(2, 8), F(2, 8), 1), "silu_mul"),
     "silu strided": (lambda: native.silu_mul(F(2, 16)[:, ::2], F(2, 4), 1), "gate_up: "),
     "top of none": (lambda: native.top(F(2, 8), F(2, 0), F(2, 0, dtype=LONG), F(2), 1), "values: "),
     "top of too many": (lambda: native.top(F(2, 8), F(2, 9), F(2, 9, dtype=LONG), F(2), 1), "values: "),

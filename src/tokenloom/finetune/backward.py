@@ -15,9 +15,13 @@ import torch
 from torch import Tensor
 
 from tokenloom.batch import Keep
-from tokenloom.kernels import KVSpan, LayerWeights, Linear, mask_ahead, times
+from tokenloom.kernels import KVSpan, LayerWeights, Linear, PackedWeight, Weight, mask_ahead, times
 from tokenloom.models.adapters.adapter import Params, TrainableBypass
 from tokenloom.models.decoder import Decoder
+
+MOST_NUMBERS = 2**24
+"""Of a quantised projection that is kept unpacked while its layer is at hand; larger ones are unpacked some
+rows at a time, whenever they are needed."""
 
 
 @dataclass(slots=True)
@@ -76,6 +80,8 @@ class LayerBackward:
         config = model.config
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.eps = config.rms_norm_eps
+        self._numbers: dict[str, Tensor] = {}  # of quantised projections, by site
+        self._numbers_of: dict[str, int] = {}  # the layer whose they are
 
     def run(self, w: Window, kept: Kept, dy: Tensor, dk: Tensor, dv: Tensor, need_dx: bool) -> None:
         """Turn dy into the gradient of the layer's input; those of parameters are added to `w.grads`.
@@ -156,7 +162,20 @@ class LayerBackward:
             dy, extra = bypass.backward(dy, x, linear, self.model.kernels, keep, grads)
         if not need_dx:
             return dy
-        return times(dy, linear.weight, extra)
+        return times(dy, self._weight(w, site, linear, dy), extra)
+
+    def _weight(self, w: Window, site: str, linear: Linear, like: Tensor) -> Weight:
+        """A projection's weight, in numbers where it is quantised and small: they serve all of the layer's
+        windows."""
+        weight = linear.weight
+        if not isinstance(weight, PackedWeight) or math.prod(weight.shape) > MOST_NUMBERS:
+            return weight
+        if self._numbers_of.get(site) != w.index:
+            if site not in self._numbers:
+                self._numbers[site] = torch.empty(weight.shape, dtype=like.dtype, device=like.device)
+            weight.dense(out=self._numbers[site])
+            self._numbers_of[site] = w.index
+        return self._numbers[site]
 
     @staticmethod
     def _keep(w: Window, site: str, x: Tensor) -> Tensor | None:

@@ -102,12 +102,17 @@ class PackedWeight:
         native.unpack(self.native, ids, out, torch.get_num_threads())
         return out
 
-    def dense(self, rows: slice | None = None) -> Tensor:
-        """All of it, or consecutive rows, as float32."""
+    def dense(self, rows: slice | None = None, out: Tensor | None = None) -> Tensor:
+        """All of it, or consecutive rows, as float32, or as what `out` is where that is given."""
+        first, end, _ = (rows or slice(None)).indices(self.shape[0])
         if self.native is not None:
-            return self.rows(torch.arange(self.shape[0])[rows or slice(None)])
-        kind = GGMLQuantizationType[self.format.name]
-        return torch.from_numpy(gguf.quants.dequantize(self.unpacked(), kind))[rows or slice(None)]
+            fits = out is not None and out.dtype == torch.float32 and out.device.type == "cpu"
+            numbers = out if out is not None and fits else torch.empty(end - first, self.shape[1])
+            native.unpack_rows(self.native, first, numbers, torch.get_num_threads())
+        else:
+            kind = GGMLQuantizationType[self.format.name]
+            numbers = torch.from_numpy(gguf.quants.dequantize(self.unpacked(), kind))[first:end]
+        return numbers if out is None or numbers is out else out.copy_(numbers)
 
     @property
     def num_bytes(self) -> int:
