@@ -1,7 +1,6 @@
 // Attention over a paged cache. Part of kernels.inl.
 
 constexpr int KEYS = 64;          // keys at a time: 16 KiB each of keys and values at D = 64
-constexpr int MOST_QUERIES = 64;  // query heads times rows of one task
 constexpr int FEW_QUERIES = WIDE / 2;
 constexpr int ROWS_AT_ONCE = WIDE == 16 ? 8 : 4;  // sums of so many rows times two vectors fit the registers
 
@@ -121,18 +120,17 @@ void add_few(Attending<D>& a, int queries, int padded) {
     }
 }
 
-// Many queries: one lane each, so that sums over D and over keys are sums of whole vectors. `scores` and `query`
-// are [keys or D, MOST_QUERIES] here.
+// Many queries: one lane each, so that sums over D and over keys are sums of whole vectors. `query` is
+// [D, MOST_QUERIES] here and `scores` [keys, MOST_QUERIES].
 template <int D, int N>
-inline void score_tile(Attending<D>& a, int first, int lane) {
+inline void score_tile(const float* const* rows, const float* query, float* scores, int lane) {
     f32xw sums_of[ROWS_AT_ONCE][N];
     TOKENLOOM_UNROLL
     for (int k = 0; k < ROWS_AT_ONCE; ++k) {
         for (int n = 0; n < N; ++n) sums_of[k][n] = f32xw{};
     }
-    const float* const* rows = a.rows + first;
     for (int d = 0; d < D; ++d) {
-        const float* x = a.query + d * MOST_QUERIES + lane;
+        const float* x = query + d * MOST_QUERIES + lane;
         f32xw part[N];
         for (int n = 0; n < N; ++n) part[n] = load_wide(x + n * WIDE);
         TOKENLOOM_UNROLL
@@ -143,16 +141,17 @@ inline void score_tile(Attending<D>& a, int first, int lane) {
     }
     TOKENLOOM_UNROLL
     for (int k = 0; k < ROWS_AT_ONCE; ++k) {
-        for (int n = 0; n < N; ++n) store_wide(a.scores + (first + k) * MOST_QUERIES + lane + n * WIDE, sums_of[k][n]);
+        for (int n = 0; n < N; ++n) store_wide(scores + k * MOST_QUERIES + lane + n * WIDE, sums_of[k][n]);
     }
 }
 
+// Rows are keys, or any other vectors that each query meets; `count` is rounded up to a multiple of 8.
 template <int D>
-void score_many(Attending<D>& a, int queries, int first, int end) {
-    for (; first < end; first += ROWS_AT_ONCE) {
+void score_many(const float* const* rows, int count, const float* query, int queries, float* scores) {
+    for (int j = 0; j < count; j += ROWS_AT_ONCE, scores += ROWS_AT_ONCE * MOST_QUERIES) {
         int lane = 0;
-        for (; lane + WIDE < queries; lane += 2 * WIDE) score_tile<D, 2>(a, first, lane);
-        if (lane < queries) score_tile<D, 1>(a, first, lane);
+        for (; lane + WIDE < queries; lane += 2 * WIDE) score_tile<D, 2>(rows + j, query, scores, lane);
+        if (lane < queries) score_tile<D, 1>(rows + j, query, scores, lane);
     }
 }
 
@@ -188,21 +187,22 @@ void weigh_many(Attending<D>& a, int queries, int count, bool masked) {
 
 // acc = acc * decay + weights * values for ROWS_AT_ONCE queries and N vectors F of D.
 template <int D, class F, int N>
-inline void add_tile(Attending<D>& a, int count, int query, int part) {
+inline void add_tile(const float* const* rows, int count, const float* weights, const float* decay, float* acc,
+                     int query, int part) {
     constexpr int LANES = sizeof(F) / 4;
     typedef float unaligned __attribute__((vector_size(sizeof(F)), aligned(4), may_alias));
     F sums_of[ROWS_AT_ONCE][N];
-    float* to = a.acc + query * D + part;
+    float* to = acc + query * D + part;
     TOKENLOOM_UNROLL
     for (int i = 0; i < ROWS_AT_ONCE; ++i) {
         for (int n = 0; n < N; ++n) {
-            sums_of[i][n] = *reinterpret_cast<unaligned*>(to + i * D + n * LANES) * a.decay[query + i];
+            sums_of[i][n] = *reinterpret_cast<unaligned*>(to + i * D + n * LANES) * decay[query + i];
         }
     }
     for (int j = 0; j < count; ++j) {
-        const float* p = a.scores + j * MOST_QUERIES + query;
+        const float* p = weights + j * MOST_QUERIES + query;
         F value[N];
-        for (int n = 0; n < N; ++n) value[n] = *reinterpret_cast<const unaligned*>(a.rows[j] + part + n * LANES);
+        for (int n = 0; n < N; ++n) value[n] = *reinterpret_cast<const unaligned*>(rows[j] + part + n * LANES);
         TOKENLOOM_UNROLL
         for (int i = 0; i < ROWS_AT_ONCE; ++i) {
             const F weight = all<F>(p[i]);
@@ -215,22 +215,30 @@ inline void add_tile(Attending<D>& a, int count, int query, int part) {
     }
 }
 
+// `f(lanes, vectors, part)` for all parts of D that fit the registers.
+template <int D, class Function>
+inline void each_part(Function&& f) {
+    if constexpr (D % (2 * WIDE) == 0) {
+        for (int part = 0; part < D; part += 2 * WIDE) f(f32xw{}, std::integral_constant<int, 2>(), part);
+    } else if constexpr (D % 16 == 0) {
+        for (int part = 0; part < D; part += 16) f(f32x8{}, std::integral_constant<int, 2>(), part);
+    } else {
+        for (int part = 0; part < D; part += 8) f(f32x8{}, std::integral_constant<int, 1>(), part);
+    }
+}
+
 template <int D>
-void add_many(Attending<D>& a, int queries, int count) {
+void add_many(const float* const* rows, int count, const float* weights, const float* decay, float* acc, int queries) {
     for (int query = 0; query < queries; query += ROWS_AT_ONCE) {
-        if constexpr (D % (2 * WIDE) == 0) {
-            for (int part = 0; part < D; part += 2 * WIDE) add_tile<D, f32xw, 2>(a, count, query, part);
-        } else if constexpr (D % 16 == 0) {
-            for (int part = 0; part < D; part += 16) add_tile<D, f32x8, 2>(a, count, query, part);
-        } else {
-            for (int part = 0; part < D; part += 8) add_tile<D, f32x8, 1>(a, count, query, part);
-        }
+        each_part<D>([&](auto lanes, auto vectors, int part) {
+            add_tile<D, decltype(lanes), decltype(vectors)::value>(rows, count, weights, decay, acc, query, part);
+        });
     }
 }
 
 template <int D>
 void attend(const float* q, const AttentionShape& s, const Span* spans, const AttentionTask& task,
-            float* partials, const KVLayer& kv, float* out) {
+            float* partials, const KVLayer& kv, float* out, float* lse) {
     constexpr int V = D / 8;
     const Span& span = spans[task.span];
     const int group = s.heads / s.kv_heads, queries = task.rows * group;
@@ -270,7 +278,7 @@ void attend(const float* q, const AttentionShape& s, const Span* spans, const At
         for (int j = 0; j < padded; j += 8) {
             if (j < next) fetch<D>(ahead + j, std::min(8, next - j), kv);
             if (many) {
-                score_many<D>(a, queries, j, j + 8);
+                score_many<D>(a.rows + j, 8, a.query, queries, a.scores + j * MOST_QUERIES);
             } else {
                 score_few<D>(a, queries, j);
             }
@@ -286,7 +294,7 @@ void attend(const float* q, const AttentionShape& s, const Span* spans, const At
         }
         if (many) {
             weigh_many<D>(a, queries, count, masked);
-            add_many<D>(a, queries, count);
+            add_many<D>(a.rows, count, a.scores, a.decay, a.acc, queries);
         } else {
             add_few<D>(a, queries, padded);
         }
@@ -304,12 +312,13 @@ void attend(const float* q, const AttentionShape& s, const Span* spans, const At
         float* to = out + (span.start + row) * s.out_stride + head * D;
         const f32x8 inverse = splat(1.0f / a.total[i]);
         for (int v = 0; v < V; ++v) store(to + 8 * v, load(acc + 8 * v) * inverse);
+        if (lse) lse[static_cast<size_t>(span.start + row) * s.heads + head] = a.most[i] + std::log(a.total[i]);
     }
 }
 
 // The results of tasks that share rows, one after another in `partials`, become one.
 void merge(const AttentionShape& s, const Span* spans, const AttentionTask& task, const float* partials,
-           float* out) {
+           float* out, float* lse) {
     const int group = s.heads / s.kv_heads, queries = task.rows * group, width = s.head_dim + 2;
     for (int i = 0; i < queries; ++i) {
         float top = -__builtin_inff();
@@ -329,27 +338,36 @@ void merge(const AttentionShape& s, const Span* spans, const AttentionTask& task
             for (int d = 0; d < s.head_dim; ++d) to[d] += weight * from[d];
         }
         for (int d = 0; d < s.head_dim; ++d) to[d] /= total;
+        if (lse) lse[static_cast<size_t>(spans[task.span].start + row) * s.heads + head] = top + std::log(total);
+    }
+}
+
+// `f` with the head's width as a constant.
+template <class Function>
+inline void with_head_dim(int head_dim, Function&& f) {
+    switch (head_dim) {
+        case 8: f(std::integral_constant<int, 8>()); break;
+        case 16: f(std::integral_constant<int, 16>()); break;
+        case 32: f(std::integral_constant<int, 32>()); break;
+        case 64: f(std::integral_constant<int, 64>()); break;
+        case 80: f(std::integral_constant<int, 80>()); break;
+        case 96: f(std::integral_constant<int, 96>()); break;
+        case 128: f(std::integral_constant<int, 128>()); break;
+        default: break;
     }
 }
 
 void attention(Work& work, const float* q, const AttentionShape& s, const Span* spans,
-               const AttentionTask* tasks, int num_tasks, float* partials, const KVLayer& kv, float* out) {
+               const AttentionTask* tasks, int num_tasks, float* partials, const KVLayer& kv, float* out, float* lse) {
     work.each(num_tasks, [&](int i) {
-        switch (s.head_dim) {
-            case 8: attend<8>(q, s, spans, tasks[i], partials, kv, out); break;
-            case 16: attend<16>(q, s, spans, tasks[i], partials, kv, out); break;
-            case 32: attend<32>(q, s, spans, tasks[i], partials, kv, out); break;
-            case 64: attend<64>(q, s, spans, tasks[i], partials, kv, out); break;
-            case 80: attend<80>(q, s, spans, tasks[i], partials, kv, out); break;
-            case 96: attend<96>(q, s, spans, tasks[i], partials, kv, out); break;
-            case 128: attend<128>(q, s, spans, tasks[i], partials, kv, out); break;
-            default: break;
-        }
+        with_head_dim(s.head_dim, [&](auto d) {
+            attend<decltype(d)::value>(q, s, spans, tasks[i], partials, kv, out, lse);
+        });
     });
     bool merging = false;
     for (int i = 0; i < num_tasks; ++i) merging |= tasks[i].num_partials > 0;
     if (!merging) return;
     work.each(num_tasks, [&](int i) {
-        if (tasks[i].num_partials > 0) merge(s, spans, tasks[i], partials, out);
+        if (tasks[i].num_partials > 0) merge(s, spans, tasks[i], partials, out, lse);
     });
 }

@@ -47,6 +47,30 @@ struct AttentionTask {
     int num_partials;  // of the first task of a merge: how many follow one another; else 0
 };
 
+// The gradient of attention's q, keys and values by that of its result. All rows are [heads, head_dim].
+struct AttentionGradients {
+    // What of the span's rows and keys one piece of work covers.
+    struct Tile {
+        int span, row, rows;
+    };
+    struct Task {
+        int span, kv_head, key_begin, key_end, first_tile, num_tiles, partial;
+    };
+    const float *q, *out, *d_out, *lse;
+    ptrdiff_t q_stride, out_stride, d_out_stride;  // lse: heads
+    float *dq, *dk, *dv;                           // dq is written; dk, dv are added to
+    ptrdiff_t dq_stride, head_stride;              // dk, dv: [Hk, tokens, D], heads so far apart
+    const int* first_tokens;                       // where in dk and dv a span's token 0 is
+    std::vector<Span> spans;
+    std::vector<Tile> tiles;
+    std::vector<Task> tasks;
+    int num_partials;  // results for dq to be added up
+    float* prepared;   // [Hk, tiles, prepared_floats]
+    float* partials;   // [num_partials, Hk, tiles, MOST_QUERIES, D]
+};
+constexpr int MOST_QUERIES = 64;  // query heads times rows of one task
+inline size_t prepared_floats(int head_dim) { return static_cast<size_t>(MOST_QUERIES) * (2 * head_dim + 2); }
+
 // A LoRA beside one projection: for each part, y[:, first_out ..] += (x A^T)[:, first_rank ..] B^T.
 struct LowRank {
     struct Part {
@@ -101,7 +125,9 @@ struct Kernels {
                         const int64_t* slots, const KVLayer& kv);
     void (*attention)(Work& work, const float* q, const AttentionShape& shape, const Span* spans,
                       const AttentionTask* tasks, int num_tasks, float* partials, const KVLayer& kv,
-                      float* out);
+                      float* out, float* lse);  // lse [T, Hq]: log of the sum of e^score; null: not wanted
+    void (*attention_backward)(Work& work, const AttentionShape& shape, const AttentionGradients& gradients,
+                               const KVLayer& kv);
     // The k largest of each row in descending order (of equal ones the first), and log(sum(exp(row))).
     void (*top)(Work& work, const float* x, ptrdiff_t stride, int rows, int width, int k, float* values,
                 int64_t* ids, float* norms);

@@ -35,6 +35,7 @@ int begin_of(int piece, int pieces, int count) {
 #include "linear.inl"
 #include "rows.inl"
 #include "attention.inl"
+#include "attention_backward.inl"
 
 void sum_words(Work& work, const uint64_t* data, size_t count, uint64_t* out) {
     // Bytes of a tensor may begin anywhere.
@@ -63,7 +64,7 @@ void sum_words(Work& work, const uint64_t* data, size_t count, uint64_t* out) {
 extern const Kernels kernels;
 const Kernels kernels = {
     TOKENLOOM_ISA_NAME, quantize,          linear,      unpack,    unpack_group, rms_norm,  silu_mul,
-    rms_norm_backward,  silu_mul_backward, rope_append, attention, top,          sum_words,
+    rms_norm_backward,  silu_mul_backward, rope_append, attention, attention_backward, top, sum_words,
 };
 
 }  // namespace TOKENLOOM_ISA

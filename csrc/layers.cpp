@@ -6,11 +6,12 @@
 namespace tokenloom {
 namespace {
 
-constexpr int MOST_QUERIES = 64;  // of one task: as in kernels.inl
 // Few rows: their keys are split, so that all threads have work. The pieces do not depend on the number of
 // threads, hence neither does the result.
 constexpr int SPLIT_ROWS = 8;
 constexpr int SPLIT_KEYS = 256;
+constexpr int GRADIENT_TASKS = 12;  // per span, if it has the keys for it
+constexpr int GRADIENT_KEYS = 64;
 // Floats between the rows of a buffer whose width is a power of two times something: without them many rows'
 // lines would fall into the same few sets of a cache.
 constexpr int APART = 16;
@@ -48,6 +49,33 @@ AttentionPlan plan_attention(const std::vector<Span>& spans, const AttentionShap
         return a.rows * (a.key_end - a.key_begin) > b.rows * (b.key_end - b.key_begin);
     });
     return plan;
+}
+
+std::pair<size_t, size_t> plan_gradients(AttentionGradients& g, const AttentionShape& s) {
+    const int step = std::max(1, MOST_QUERIES / (s.heads / s.kv_heads));
+    // As many tasks whatever the number of threads, hence the same sums.
+    g.num_partials = (GRADIENT_TASKS + s.kv_heads - 1) / s.kv_heads;
+    for (int i = 0; i < static_cast<int>(g.spans.size()); ++i) {
+        const Span& span = g.spans[i];
+        const int first_tile = static_cast<int>(g.tiles.size());
+        for (int row = 0; row < span.length; row += step) {
+            g.tiles.push_back({i, row, std::min(step, span.length - row)});
+        }
+        const int num_tiles = static_cast<int>(g.tiles.size()) - first_tile;
+        const int begin = s.window > 0 ? std::max(0, span.kv_len - span.length + 1 - s.window) : 0;
+        const int blocks = (span.kv_len - begin + GRADIENT_KEYS - 1) / GRADIENT_KEYS;
+        for (int part = 0; part < g.num_partials; ++part) {
+            const auto at = [&](int p) { return std::min(begin + blocks * p / g.num_partials * GRADIENT_KEYS, span.kv_len); };
+            // A task without keys is one too: it writes zeros.
+            for (int head = 0; head < s.kv_heads; ++head) {
+                g.tasks.push_back({i, head, at(part), at(part + 1), first_tile, num_tiles, part});
+            }
+        }
+    }
+    // Early keys are read by the most rows.
+    std::stable_sort(g.tasks.begin(), g.tasks.end(), [](const auto& a, const auto& b) { return a.partial < b.partial; });
+    const size_t tiles = g.tiles.size() * s.kv_heads;
+    return {tiles * prepared_floats(s.head_dim), tiles * g.num_partials * MOST_QUERIES * s.head_dim};
 }
 
 Activations Scratch::activations(int rows, int columns) {
@@ -177,7 +205,7 @@ void run_layers(const Kernels& kernels, int threads, const Shape& shape, const s
                                 batch.sin, batch.slots, kv[i]);
             tap(Place::Query, qkv, shape.qkv_width(), shape.q_width());
             kernels.attention(work, qkv, own_attention, batch.spans.data(), plan->tasks.data(),
-                              static_cast<int>(plan->tasks.size()), partials, kv[i], hidden);
+                              static_cast<int>(plan->tasks.size()), partials, kv[i], hidden, nullptr);
             project(O, layer.o, hidden, shape.q_width(), nullptr, Then::Add, x, shape.width);
             tap(Place::Residual, x, shape.width, shape.width);
             if (keeps_gate_up) {

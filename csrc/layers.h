@@ -1,6 +1,7 @@
 // A decoder's layers over one packed batch, in one parallel region.
 #pragma once
 
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -36,6 +37,9 @@ struct AttentionPlan {
     int partial_rows = 0;
 };
 AttentionPlan plan_attention(const std::vector<Span>& spans, const AttentionShape& shape);
+
+// Cuts the gradient of attention into tiles and tasks; returns the floats that `prepared` and `partials` need.
+std::pair<size_t, size_t> plan_gradients(AttentionGradients& gradients, const AttentionShape& shape);
 
 // Rows that go through an adapter: `loras[SITES * layer + site]`, null where it does nothing.
 struct Bypass {

@@ -406,31 +406,92 @@ void silu_mul_backward(Rows dy, Rows gate_up, Out out, int threads) {
     });
 }
 
-void attention(Heads q, const KV& kv, int layer, Table table, Vector<int32_t> blocks, int block_size, int window,
-               HeadsOut out, int threads) {
-    const int head_dim = static_cast<int>(q.shape(2));
-    AttentionShape shape{static_cast<int>(q.shape(1)), kv.heads, head_dim, block_size, window,
-                         q.stride(0), out.stride(0)};
+using Lse = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+AttentionShape shape_of(const Heads& q, const KV& kv, int block_size, int window, ptrdiff_t out_stride) {
+    const int heads = static_cast<int>(q.shape(1)), head_dim = static_cast<int>(q.shape(2));
     if (!head_dim_supported(head_dim) || kv.head_dim != head_dim) bad("head_dim: not supported");
-    if (shape.heads % shape.kv_heads || shape.heads / shape.kv_heads > 64) bad("heads: not a multiple of kv_heads");
+    if (heads % kv.heads || heads / kv.heads > 64) bad("heads: not a multiple of kv_heads");
+    return {heads, kv.heads, head_dim, block_size, window, q.stride(0), out_stride};
+}
+
+// Rows like q's, heads of a row one after another.
+template <class A>
+void check_heads(const A& a, const Heads& q, const char* name) {
     for (size_t i = 0; i < 3; ++i) {
-        if (out.shape(i) != q.shape(i)) bad("out: wrong shape");
+        if (a.shape(i) != q.shape(i)) bad(std::string(name) + ": wrong shape");
     }
-    if (q.stride(1) != head_dim || q.stride(2) != 1 || out.stride(1) != head_dim || out.stride(2) != 1) {
-        bad("q, out: heads of a row must be contiguous");
+    if (a.stride(1) != static_cast<int64_t>(a.shape(2)) || a.stride(2) != 1) {
+        bad(std::string(name) + ": heads of a row must be contiguous");
     }
+}
+
+void check_lse(const Lse& lse, const Heads& q) {
+    if (lse.shape(0) != q.shape(0) || lse.shape(1) != q.shape(1)) bad("lse: wrong shape");
+}
+
+void attention(Heads q, const KV& kv, int layer, Table table, Vector<int32_t> blocks, int block_size, int window,
+               HeadsOut out, std::optional<Lse> lse, int threads) {
+    const AttentionShape shape = shape_of(q, kv, block_size, window, out.stride(0));
+    check_heads(q, q, "q");
+    check_heads(out, q, "out");
+    if (lse) check_lse(*lse, q);
     const KVLayer& cache = kv.layer(layer);
     const auto spans = spans_of(table, blocks, static_cast<int>(q.shape(0)), block_size, kv.num_slots);
     nb::gil_scoped_release release;
     const AttentionPlan plan = plan_attention(spans, shape);
     auto& partials = scratch().partials;
-    const size_t needed = static_cast<size_t>(plan.partial_rows) * (head_dim + 2);
+    const size_t needed = static_cast<size_t>(plan.partial_rows) * (shape.head_dim + 2);
     if (partials.size() < needed) partials.resize(needed);
-    float* memory = partials.data();
+    float *memory = partials.data(), *norms = lse ? lse->data() : nullptr;
     run_team(threads, [&](Team& team) {
         Work work(team, threads);
         isa().attention(work, q.data(), shape, spans.data(), plan.tasks.data(),
-                        static_cast<int>(plan.tasks.size()), memory, cache, out.data());
+                        static_cast<int>(plan.tasks.size()), memory, cache, out.data(), norms);
+    });
+}
+
+using Gradient = nb::ndarray<float, nb::ndim<3>, nb::device::cpu>;  // [Hk, tokens, D]
+
+void attention_backward(HeadsOut dq, Gradient dk, Gradient dv, Heads d_out, Heads q, Heads out, Lse lse, const KV& kv,
+                        int layer, Table table, Vector<int32_t> blocks, Vector<int32_t> firsts, int block_size,
+                        int window, int threads) {
+    const AttentionShape shape = shape_of(q, kv, block_size, window, out.stride(0));
+    check_heads(q, q, "q");
+    check_heads(out, q, "out");
+    check_heads(d_out, q, "d_out");
+    check_heads(dq, q, "dq");
+    check_lse(lse, q);
+    const KVLayer& cache = kv.layer(layer);
+    if (cache.quantized()) bad("cache: float32 expected");
+    for (const auto* d : {&dk, &dv}) {
+        if (static_cast<int>(d->shape(0)) != shape.kv_heads || static_cast<int>(d->shape(2)) != shape.head_dim ||
+            d->shape(1) != dk.shape(1) || d->stride(0) != dk.stride(0) || d->stride(1) != shape.head_dim ||
+            d->stride(2) != 1) {
+            bad("dk, dv: [kv_heads, tokens, head_dim] expected, tokens of a head contiguous");
+        }
+    }
+    auto spans = spans_of(table, blocks, static_cast<int>(q.shape(0)), block_size, kv.num_slots);
+    if (firsts.shape(0) != spans.size()) bad("firsts: one per span expected");
+    for (size_t i = 0; i < spans.size(); ++i) {
+        if (firsts.data()[i] < 0 || firsts.data()[i] > static_cast<int64_t>(dk.shape(1)) - spans[i].kv_len) {
+            bad("firsts: tokens outside of dk and dv");
+        }
+    }
+    AttentionGradients g{};
+    g.q = q.data(), g.out = out.data(), g.d_out = d_out.data(), g.lse = lse.data();
+    g.q_stride = q.stride(0), g.out_stride = out.stride(0), g.d_out_stride = d_out.stride(0);
+    g.dq = dq.data(), g.dk = dk.data(), g.dv = dv.data();
+    g.dq_stride = dq.stride(0), g.head_stride = dk.stride(0);
+    g.first_tokens = firsts.data();
+    g.spans = std::move(spans);
+    nb::gil_scoped_release release;
+    const auto [prepared, partials] = plan_gradients(g, shape);
+    g.prepared = scratch().rows(prepared + partials);
+    g.partials = g.prepared + prepared;
+    run_team(threads, [&](Team& team) {
+        Work work(team, threads);
+        isa().attention_backward(work, shape, g, cache);
     });
 }
 
@@ -517,7 +578,10 @@ NB_MODULE(_native, m) {
           "threads"_a, "Adds to dx.");
     m.def("silu_mul_backward", &silu_mul_backward, "dy"_a, "gate_up"_a, "out"_a.noconvert(), "threads"_a);
     m.def("attention", &attention, "q"_a, "kv"_a, "layer"_a, "spans"_a, "blocks"_a, "block_size"_a, "window"_a,
-          "out"_a.noconvert(), "threads"_a);
+          "out"_a.noconvert(), "lse"_a.noconvert().none(), "threads"_a);
+    m.def("attention_backward", &attention_backward, "dq"_a.noconvert(), "dk"_a.noconvert(), "dv"_a.noconvert(),
+          "d_out"_a, "q"_a, "out"_a, "lse"_a, "kv"_a, "layer"_a, "spans"_a, "blocks"_a, "firsts"_a, "block_size"_a,
+          "window"_a, "threads"_a, "Writes dq, adds to dk and dv.");
     m.def("top", &top, "x"_a, "values"_a.noconvert(), "ids"_a.noconvert(), "norms"_a.noconvert(), "threads"_a);
     m.def("read_all", &read_all, "data"_a, "threads"_a, "Reads every byte once: the memory's speed.");
     m.def("isas", &isas, "Instruction sets of this build that this machine runs, best first.");

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from tokenloom.batch import Keep
-from tokenloom.kernels import KVSpan, LayerWeights, Linear, PackedWeight, Weight, mask_ahead, times
+from tokenloom.cache.kv_cache import KVCache
+from tokenloom.kernels import KVSpan, LayerWeights, Linear, PackedWeight, Weight, times
 from tokenloom.models.adapters.adapter import Params, TrainableBypass
 from tokenloom.models.decoder import Decoder
 
@@ -25,28 +26,19 @@ rows at a time, whenever they are needed."""
 
 
 @dataclass(slots=True)
-class AttentionPart:
-    """The rows `begin .. end` of a window that belong to one sample.
-
-    `span` covers the sample's tokens up to the last of these rows; `first` is the row of the pass at which
-    the sample begins.
-    """
-
-    begin: int
-    end: int
-    first: int
-    span: KVSpan
-
-
-@dataclass(slots=True)
 class Window:
-    """Rows `begin .. end` of a pass, in one layer."""
+    """Rows `begin .. end` of a pass, in one layer.
+
+    `spans` are its samples, each up to the last of its rows in the window; their tokens begin at the rows
+    `firsts` of the pass.
+    """
 
     index: int
     layer: LayerWeights
     begin: int
     end: int
-    parts: list[AttentionPart]
+    spans: list[KVSpan]
+    firsts: list[int]
     rotation: tuple[Tensor, Tensor]
     inverse_rotation: tuple[Tensor, Tensor]
     bypasses: Mapping[str, TrainableBypass]
@@ -69,14 +61,12 @@ class LayerBackward:
 
     Args:
         model: the frozen weights.
-        keys, values: the cache, `[num_slots, Hk, D]` per layer.
-        block_size: of the cache.
+        kv: the cache.
     """
 
-    def __init__(self, model: Decoder, keys: list[Tensor], values: list[Tensor], block_size: int) -> None:
+    def __init__(self, model: Decoder, kv: KVCache) -> None:
         self.model = model
-        self.keys, self.values = keys, values
-        self.block_size = block_size
+        self.kv = kv
         config = model.config
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.eps = config.rms_norm_eps
@@ -97,10 +87,10 @@ class LayerBackward:
         kernels, layer, eps = self.model.kernels, w.layer, self.eps
         n1 = kernels.rms_norm(kept.x, layer.input_norm, eps)
         query = kept.query if kept.query is not None else self._query(w, n1)
-        weights = [self._attention_weights(w, part, query) for part in w.parts]
-        attended = torch.cat(
-            [self._attended(w, part, p) for part, p in zip(w.parts, weights, strict=True)]
-        )  # [n, Hq * D]
+        query = query.view(-1, self.heads, self.head_dim)
+        reads = (self.kv, w.index, w.spans)
+        attention, weights = kernels.attention_for_backward(query, *reads, layer.window)
+        attended = attention.flatten(1)
         residual = kept.residual
         if residual is None:
             residual = kept.x + self._forward(w, "o", layer.o, attended)
@@ -114,15 +104,13 @@ class LayerBackward:
         kernels.rms_norm_backward(dy, d_n2, residual, layer.post_norm, eps)
 
         d_attended = self._linear(w, "o", layer.o, dy, attended)
-        d_qkv = torch.empty(
-            len(dy), self.heads + 2 * self.kv_heads, self.head_dim, dtype=dy.dtype, device=dy.device
+        d_attention = d_attended.view(query.shape)
+        dq = kernels.attention_backward(
+            d_attention, query, attention, weights, *reads, w.firsts, dk, dv, layer.window
         )
-        for part, p in zip(w.parts, weights, strict=True):
-            self._attention(w, part, p, query, attended, d_attended, d_qkv, dk, dv)
         rows = slice(w.begin, w.end)
         q, k = slice(self.heads), slice(self.heads, self.heads + self.kv_heads)
-        d_qkv[:, k] = dk[:, rows].transpose(0, 1)
-        d_qkv[:, self.heads + self.kv_heads :] = dv[:, rows].transpose(0, 1)
+        d_qkv = torch.cat((dq, dk[:, rows].transpose(0, 1), dv[:, rows].transpose(0, 1)), dim=1)
         turned = kernels.rope(d_qkv[:, : self.heads + self.kv_heads], w.inverse_rotation)
         if layer.q_norm is not None and layer.k_norm is not None:
             raw = self._forward(w, "qkv", layer.qkv, n1).view(d_qkv.shape)
@@ -180,58 +168,3 @@ class LayerBackward:
     @staticmethod
     def _keep(w: Window, site: str, x: Tensor) -> Tensor | None:
         return None if w.keep is None else w.keep(w.index, site, x.shape[1])
-
-    # -- attention --------------------------------------------------------------------------------------
-
-    def _grouped(self, rows: Tensor) -> Tensor:
-        """`[n, Hq * D]` -> `[Hk, G * n, D]`: the queries of a group read the same keys."""
-        n = len(rows)
-        grouped = rows.view(n, self.kv_heads, -1, self.head_dim).permute(1, 2, 0, 3)
-        return grouped.reshape(self.kv_heads, -1, self.head_dim)
-
-    def _ungrouped(self, grouped: Tensor, n: int) -> Tensor:
-        """`[Hk, G * n, D]` -> `[n, Hq, D]`."""
-        heads = grouped.view(self.kv_heads, -1, n, self.head_dim)
-        return heads.permute(2, 0, 1, 3).reshape(n, self.heads, self.head_dim)
-
-    def _read(self, cache: list[Tensor], w: Window, part: AttentionPart) -> Tensor:
-        """The sample's keys or values up to the window's end, `[Hk, L, D]`."""
-        return part.span.view(cache[w.index], self.block_size).transpose(0, 1)
-
-    def _attention_weights(self, w: Window, part: AttentionPart, query: Tensor) -> Tensor:
-        """softmax(q Kᵀ / sqrt(D)), `[Hk, G * n, L]`: it is not kept, but computed again from q and K."""
-        n, length = part.end - part.begin, part.span.kv_len
-        q = self._grouped(query[part.begin - w.begin : part.end - w.begin]) / math.sqrt(self.head_dim)
-        scores = torch.matmul(q, self._read(self.keys, w, part).transpose(1, 2))
-        mask_ahead(scores.view(self.kv_heads, -1, n, length), w.layer.window)
-        return torch.softmax(scores, dim=-1)
-
-    def _attended(self, w: Window, part: AttentionPart, weights: Tensor) -> Tensor:
-        o = torch.matmul(weights, self._read(self.values, w, part))
-        return self._ungrouped(o, part.end - part.begin).flatten(1)
-
-    def _attention(
-        self,
-        w: Window,
-        part: AttentionPart,
-        weights: Tensor,
-        query: Tensor,
-        attended: Tensor,
-        d_attended: Tensor,
-        d_qkv: Tensor,
-        dk: Tensor,
-        dv: Tensor,
-    ) -> None:
-        """Add to dk and dv what the part's rows give to all keys before them, and write their d_q."""
-        rows = slice(part.begin - w.begin, part.end - w.begin)
-        keys = slice(part.first, part.end)
-        scale = 1 / math.sqrt(self.head_dim)
-        do = self._grouped(d_attended[rows])
-        # rowsum(dP * P) = rowsum(dO * O), which is smaller by L / D.
-        shift = (do * self._grouped(attended[rows])).sum(-1, keepdim=True)
-        dv[:, keys].baddbmm_(weights.transpose(1, 2), do)
-        ds = torch.matmul(do, self._read(self.values, w, part).transpose(1, 2))
-        ds.sub_(shift).mul_(weights)
-        dk[:, keys].baddbmm_(ds.transpose(1, 2), self._grouped(query[rows]), alpha=scale)
-        dq = torch.matmul(ds, self._read(self.keys, w, part)).mul_(scale)
-        d_qkv[rows, : self.heads] = self._ungrouped(dq, part.end - part.begin)

@@ -12,16 +12,12 @@ from torch import Tensor
 from tokenloom.batch import BatchBuilder, Keep, SegmentKind
 from tokenloom.cache.block_table import BlockTable
 from tokenloom.engine.engine import Engine
-from tokenloom.finetune.backward import AttentionPart, Kept, LayerBackward, Window
+from tokenloom.finetune.backward import Kept, LayerBackward, Window
 from tokenloom.finetune.data import Sample
 from tokenloom.finetune.objective import LossSums, Objective
 from tokenloom.finetune.retained import Retain, Retained, blocks_needed
 from tokenloom.kernels import KVSpan, times
 from tokenloom.models.adapters.adapter import Adapter
-
-ATTENTION_ROWS = 128
-"""Attention goes through a window's rows in tiles of so many: its weights, `[Hq, rows, keys]`, stay in the
-caches, and less of the masked triangle is computed."""
 
 KeepFor = Callable[[int, int], Keep | None]
 """(begin, end) -> dropout of those rows of the pass."""
@@ -120,7 +116,7 @@ class TrainingPass:
             self.dv = torch.zeros(shape, dtype=model.dtype, device=device)
             self.loss = torch.zeros((), dtype=torch.float64, device=device)
             self.correct = torch.zeros((), dtype=torch.int64, device=device)
-        self.backward = LayerBackward(model, kv.keys, kv.values, kv.block_size)
+        self.backward = LayerBackward(model, kv)
         self.position = 0
         self.layer = config.num_layers - 1
         self.end = self.num_rows
@@ -225,17 +221,14 @@ class TrainingPass:
         """Backward of the last `rows` rows that are left in the layer at hand."""
         assert self.grads is not None and self.retained is not None
         n, begin, end = self.layer, self.end - rows, self.end
-        parts = [
-            self._attention_part(segment, tile, min(tile + ATTENTION_ROWS, last))
-            for segment, first, last in self._within(begin, end)
-            for tile in range(first, last, ATTENTION_ROWS)
-        ]
+        parts = self._within(begin, end)
         window = Window(
             index=n,
             layer=self.model.layers[n],
             begin=begin,
             end=end,
-            parts=parts,
+            spans=[self._span(segment, first - begin, first, last) for segment, first, last in parts],
+            firsts=[segment.start for segment, _, _ in parts],
             rotation=self._rows(self.rotation, begin, end),
             inverse_rotation=self._rows(self.inverse_rotation, begin, end),
             bypasses=self.adapter.layers[n],
@@ -258,11 +251,11 @@ class TrainingPass:
             if n == 0:
                 self.phase = Phase.DONE
 
-    def _attention_part(self, segment: _Segment, begin: int, end: int) -> AttentionPart:
-        length = end - segment.start
-        blocks = segment.table.blocks[: -(-length // self.pool.block_size)]
-        span = KVSpan(0, length, length, blocks, segment.table.contiguous)
-        return AttentionPart(begin, end, segment.start, span)
+    def _span(self, segment: _Segment, start: int, first: int, last: int) -> KVSpan:
+        """What rows `first .. last` of a sample read, at row `start` of a window."""
+        kv_len = last - segment.start
+        blocks = segment.table.blocks[: -(-kv_len // self.pool.block_size)]
+        return KVSpan(start, last - first, kv_len, blocks, segment.table.contiguous)
 
     @staticmethod
     def _rows(rotation: tuple[Tensor, Tensor], begin: int, end: int) -> tuple[Tensor, Tensor]:

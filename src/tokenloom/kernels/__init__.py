@@ -15,7 +15,7 @@ from tokenloom.kernels.interface import (
 from tokenloom.kernels.native import native
 from tokenloom.kernels.packed import FORMATS, PackedWeight, Weight, dense, num_bytes, times
 from tokenloom.kernels.reference import ReferenceKernels
-from tokenloom.kernels.torch_ops import TorchKernels, mask_ahead
+from tokenloom.kernels.torch_ops import TorchKernels
 
 __all__ = [
     "FORMATS",
@@ -30,7 +30,6 @@ __all__ = [
     "dense",
     "describe",
     "get_kernels",
-    "mask_ahead",
     "native",
     "num_bytes",
     "times",

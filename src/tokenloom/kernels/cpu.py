@@ -80,11 +80,74 @@ class CpuKernels(TorchKernels):
         heads, head_dim = q.shape[1:]
         if q.dtype != torch.float32 or not _attends(heads, kv.keys[0].shape[1], head_dim):
             return super().attention(q, kv, layer, spans, window)
+        return self._attention(q, kv, layer, spans, window, None)
+
+    def attention_for_backward(
+        self, q: Tensor, kv: KVCache, layer: int, spans: list[KVSpan], window: int | None = None
+    ) -> tuple[Tensor, Any]:
+        if not self._trains(q, kv):
+            return super().attention_for_backward(q, kv, layer, spans, window)
+        log_sums = torch.empty(q.shape[:2])
+        return self._attention(q, kv, layer, spans, window, log_sums), log_sums
+
+    def attention_backward(
+        self,
+        d_out: Tensor,
+        q: Tensor,
+        out: Tensor,
+        kept: Any,
+        kv: KVCache,
+        layer: int,
+        spans: list[KVSpan],
+        firsts: list[int],
+        dk: Tensor,
+        dv: Tensor,
+        window: int | None = None,
+    ) -> Tensor:
+        if not self._trains(q, kv):
+            args = (kv, layer, spans, firsts, dk, dv, window)
+            return super().attention_backward(d_out, q, out, kept, *args)
+        dq = torch.empty(q.shape)
+        native.attention_backward(
+            dq,
+            dk,
+            dv,
+            d_out,
+            q,
+            out,
+            kept,
+            native_cache(kv),
+            layer,
+            *self._span_table(spans),
+            torch.tensor(firsts, dtype=torch.int32),
+            kv.block_size,
+            window or 0,
+            torch.get_num_threads(),
+        )
+        return dq
+
+    def _attention(
+        self,
+        q: Tensor,
+        kv: KVCache,
+        layer: int,
+        spans: list[KVSpan],
+        window: int | None,
+        log_sums: Tensor | None,
+    ) -> Tensor:
         out = torch.empty(q.shape)
         threads = torch.get_num_threads()
         table, blocks = self._span_table(spans)
-        native.attention(q, native_cache(kv), layer, table, blocks, kv.block_size, window or 0, out, threads)
+        native.attention(
+            q, native_cache(kv), layer, table, blocks, kv.block_size, window or 0, out, log_sums, threads
+        )
         return out
+
+    @staticmethod
+    def _trains(q: Tensor, kv: KVCache) -> bool:
+        heads, head_dim = q.shape[1:]
+        attends = _attends(heads, kv.keys[0].shape[1], head_dim)
+        return attends and q.dtype == torch.float32 and not kv.quantized
 
     def top(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         if logits.dtype != torch.float32 or logits.stride(-1) != 1:

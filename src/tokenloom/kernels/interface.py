@@ -39,7 +39,7 @@ class LayerWeights:
     window: int | None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class LowRank:
     """What a LoRA adds beside one projection: `y[:, out] += scale * (x Aᵀ)[:, rank] Bᵀ` for each part.
 
@@ -159,6 +159,33 @@ class Kernels(Protocol):
 
         q: `[T, Hq, D]`; window: a row reads at most its last `window` tokens, itself included. Returns
         `[T, Hq, D]`.
+        """
+
+    def attention_for_backward(
+        self, q: Tensor, kv: KVCache, layer: int, spans: list[KVSpan], window: int | None = None
+    ) -> tuple[Tensor, Any]:
+        """`attention`, and what `attention_backward` needs of it besides."""
+
+    def attention_backward(
+        self,
+        d_out: Tensor,
+        q: Tensor,
+        out: Tensor,
+        kept: Any,
+        kv: KVCache,
+        layer: int,
+        spans: list[KVSpan],
+        firsts: list[int],
+        dk: Tensor,
+        dv: Tensor,
+        window: int | None = None,
+    ) -> Tensor:
+        """The gradient of attention's q by that of its result; those of keys and values are added to dk, dv.
+
+        Args:
+            d_out, q, out: `[T, Hq, D]`; out and kept are what `attention_for_backward` returned.
+            firsts: where in dk and dv each span's token 0 is.
+            dk, dv: `[Hk, tokens, D]`.
         """
 
     def top(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

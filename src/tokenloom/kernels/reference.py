@@ -83,6 +83,43 @@ class ReferenceKernels:
                 out[span.start + i] = torch.matmul(weights, v).reshape(num_heads, head_dim)
         return out
 
+    def attention_for_backward(
+        self, q: Tensor, kv: KVCache, layer: int, spans: list[KVSpan], window: int | None = None
+    ) -> tuple[Tensor, None]:
+        return self.attention(q, kv, layer, spans, window), None
+
+    def attention_backward(
+        self,
+        d_out: Tensor,
+        q: Tensor,
+        out: Tensor,
+        kept: None,
+        kv: KVCache,
+        layer: int,
+        spans: list[KVSpan],
+        firsts: list[int],
+        dk: Tensor,
+        dv: Tensor,
+        window: int | None = None,
+    ) -> Tensor:
+        num_heads, head_dim = q.shape[1:]
+        num_kv_heads, scale = len(dk), 1 / math.sqrt(head_dim)
+        dq = torch.empty_like(q)
+        for span, first in zip(spans, firsts, strict=True):
+            keys, values = (part.transpose(0, 1) for part in span.read(kv, layer))  # [Hk, kv_len, D]
+            for i in range(span.length):
+                end = span.kv_len - span.length + i + 1
+                begin = 0 if window is None else max(0, end - window)
+                k, v, at = keys[:, begin:end], values[:, begin:end], slice(first + begin, first + end)
+                group, d_group = (x[span.start + i].view(num_kv_heads, -1, head_dim) for x in (q, d_out))
+                weights = torch.softmax(group @ k.transpose(1, 2) * scale, dim=-1)
+                d_weights = d_group @ v.transpose(1, 2)
+                d_scores = weights * (d_weights - (d_weights * weights).sum(-1, keepdim=True)) * scale
+                dq[span.start + i] = (d_scores @ k).reshape(num_heads, head_dim)
+                dk[:, at] += d_scores.transpose(1, 2) @ group
+                dv[:, at] += weights.transpose(1, 2) @ d_group
+        return dq
+
     def top(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         values, ids = logits.topk(k, dim=-1)
         return values, ids, logits.logsumexp(-1)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,7 +91,7 @@ class TorchKernels:
             rows = slice(span.start, span.start + span.length)
             first_row_end = span.kv_len - span.length + 1
             begin = 0 if window is None else max(0, first_row_end - window)
-            k, v = (x.to(q.dtype).transpose(0, 1) for x in span.read(kv, layer, begin))  # [Hk, L, D]
+            k, v = _read(span, kv, layer, q.dtype, begin)
             if span.length == 1:
                 # The query heads of a group read the same keys: to the kernel they are rows of one head.
                 group = q[span.start].view(num_kv_heads, num_heads // num_kv_heads, head_dim)
@@ -108,6 +109,46 @@ class TorchKernels:
             out[rows] = attended.transpose(0, 1)
         return out
 
+    def attention_for_backward(
+        self, q: Tensor, kv: KVCache, layer: int, spans: list[KVSpan], window: int | None = None
+    ) -> tuple[Tensor, Any]:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        kept: list[Tensor] = []
+        for span in spans:
+            rows = slice(span.start, span.start + span.length)
+            out[rows] = _tiled(q[rows], *_read(span, kv, layer, q.dtype), window, kept)
+        return out, kept
+
+    def attention_backward(
+        self,
+        d_out: Tensor,
+        q: Tensor,
+        out: Tensor,
+        kept: Any,
+        kv: KVCache,
+        layer: int,
+        spans: list[KVSpan],
+        firsts: list[int],
+        dk: Tensor,
+        dv: Tensor,
+        window: int | None = None,
+    ) -> Tensor:
+        num_kv_heads, scale, weights_of = len(dk), 1 / math.sqrt(q.shape[-1]), iter(kept)
+        dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+        for span, start in zip(spans, firsts, strict=True):
+            k, v = _read(span, kv, layer, q.dtype)
+            for first, last, begin, end in _tiles(span.length, span.kv_len, window):
+                rows, keys = slice(span.start + first, span.start + last), slice(start + begin, start + end)
+                query, do, o = (_grouped(x[rows], num_kv_heads) for x in (q, d_out, out))
+                weights = next(weights_of)
+                dv[:, keys].baddbmm_(weights.transpose(1, 2), do)
+                ds = torch.matmul(do, v[:, begin:end].transpose(1, 2))
+                # rowsum(dP * P) = rowsum(dO * O), which is smaller by L / D.
+                ds.sub_((do * o).sum(-1, keepdim=True)).mul_(weights)
+                dk[:, keys].baddbmm_(ds.transpose(1, 2), query, alpha=scale)
+                dq[rows] = _ungrouped(torch.matmul(ds, k[:, begin:end]).mul_(scale), last - first)
+        return dq
+
     def top(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         values, ids = logits.topk(k, dim=-1)
         return values, ids, logits.logsumexp(-1)
@@ -116,7 +157,33 @@ class TorchKernels:
         return None
 
 
-def _tiled(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+def _read(span: KVSpan, kv: KVCache, layer: int, dtype: torch.dtype, begin: int = 0) -> tuple[Tensor, Tensor]:
+    """Keys and values of tokens `begin .. kv_len`, `[Hk, L, D]`."""
+    k, v = span.read(kv, layer, begin)
+    return k.to(dtype).transpose(0, 1), v.to(dtype).transpose(0, 1)
+
+
+def _tiles(length: int, kv_len: int, window: int | None) -> Iterator[tuple[int, int, int, int]]:
+    """Tiles of the last `length` of `kv_len` tokens: rows `first .. last` read keys `begin .. end`."""
+    for first in range(0, length, _TILE_ROWS):
+        last = min(first + _TILE_ROWS, length)
+        begin = 0 if window is None else max(0, kv_len - length + first + 1 - window)
+        yield first, last, begin, kv_len - length + last
+
+
+def _grouped(x: Tensor, num_kv_heads: int) -> Tensor:
+    """`[n, Hq, D]` -> `[Hk, G * n, D]`: the query heads of a group read the same keys."""
+    n, _, head_dim = x.shape
+    return x.view(n, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3).reshape(num_kv_heads, -1, head_dim)
+
+
+def _ungrouped(x: Tensor, n: int) -> Tensor:
+    """`[Hk, G * n, D]` -> `[n, Hq, D]`."""
+    num_kv_heads, _, head_dim = x.shape
+    return x.view(num_kv_heads, -1, n, head_dim).permute(2, 0, 1, 3).reshape(n, -1, head_dim)
+
+
+def _tiled(q: Tensor, k: Tensor, v: Tensor, window: int | None, kept: list[Tensor] | None = None) -> Tensor:
     """Attention of the last n of L tokens by plain products, tile by tile of rows.
 
     On CPU in full precision faster than torch's own (1.6 times at 512 rows, measured): the query heads of a
@@ -125,24 +192,22 @@ def _tiled(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     Args:
         q: `[n, Hq, D]`.
         k, v: `[Hk, L, D]`; the last row reads all of them, within its window.
+        kept: gets each tile's weights, `[Hk, G * rows, keys]`.
     """
-    (n, num_heads, head_dim), (num_kv_heads, length, _) = q.shape, k.shape
-    grouped = (q / math.sqrt(head_dim)).view(n, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
+    (n, _, head_dim), (num_kv_heads, length, _) = q.shape, k.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    for first in range(0, n, _TILE_ROWS):
-        rows = min(_TILE_ROWS, n - first)
-        end = length - n + first + rows
-        begin = 0 if window is None else max(0, end - rows + 1 - window)
-        query = grouped[:, :, first : first + rows].reshape(num_kv_heads, -1, head_dim)
+    for first, last, begin, end in _tiles(n, length, window):
+        query = _grouped(q[first:last], num_kv_heads) / math.sqrt(head_dim)
         scores = torch.matmul(query, k[:, begin:end].transpose(1, 2))
-        mask_ahead(scores.view(num_kv_heads, -1, rows, end - begin), window)
-        attended = torch.matmul(torch.softmax(scores, dim=-1), v[:, begin:end])
-        heads = attended.view(num_kv_heads, -1, rows, head_dim).permute(2, 0, 1, 3)
-        out[first : first + rows] = heads.reshape(rows, num_heads, head_dim)
+        _mask_ahead(scores.view(num_kv_heads, -1, last - first, end - begin), window)
+        weights = torch.softmax(scores, dim=-1)
+        out[first:last] = _ungrouped(torch.matmul(weights, v[:, begin:end]), last - first)
+        if kept is not None:
+            kept.append(weights)
     return out
 
 
-def mask_ahead(scores: Tensor, window: int | None) -> None:
+def _mask_ahead(scores: Tensor, window: int | None) -> None:
     """Set to -inf, in place, what the last `rows` of `length` tokens must not read.
 
     scores: `[..., rows, length]`; window: a row reads at most its last `window` tokens, itself included.
