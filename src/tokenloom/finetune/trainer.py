@@ -25,7 +25,7 @@ from tokenloom.finetune.retained import blocks_needed
 from tokenloom.finetune.training_pass import KeepFor, Phase, TrainingPass
 from tokenloom.models.adapters import Adapter
 
-LOSS_ROWS = 256
+LOSS_ROWS = 64
 """Logits of so many rows exist at a time."""
 SAVE_EVERY_S = 60.0
 _VALID_SUMS = ("loss", "weight", "correct", "n")
