@@ -197,7 +197,13 @@ class EngineProfiler:
             self.engine.decoder.forward(builder.build(), self.engine.kv)
             training.forward_done(rows)
 
+        hidden = training.hidden.clone()
+
+        @torch.inference_mode()
         def run() -> None:
+            # A loss of what the last run left there, a gradient, has logits so large that their exponentials
+            # are no normal numbers, and those are slow.
+            training.hidden.copy_(hidden)
             if cell.loss_rows:
                 training.phase, training.num_losses = Phase.LOSS, 0
                 training.run_loss(cell.loss_rows)
