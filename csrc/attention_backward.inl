@@ -98,7 +98,8 @@ void attend_backward(const AttentionShape& s, const AttentionGradients& g, const
     float ones[MOST_QUERIES];
     std::fill_n(ones, MOST_QUERIES, 1.0f);
     const size_t tile_floats = static_cast<size_t>(MOST_QUERIES) * D;
-    float* d_queries = g.partials + (static_cast<size_t>(task.partial) * s.kv_heads + task.kv_head) * tiles * tile_floats;
+    const size_t place = static_cast<size_t>(task.partial) * s.kv_heads + task.kv_head;
+    float* d_queries = g.partials + place * tiles * tile_floats;
     std::fill_n(d_queries + task.first_tile * tile_floats, task.num_tiles * tile_floats, 0.0f);
     size_t index[KEYS];
     const float *keys[KEYS], *values[KEYS];
@@ -166,11 +167,11 @@ void attention_backward(Work& work, const AttentionShape& s, const AttentionGrad
         for (int i = 0; i < tile.rows * group; ++i) {
             const ptrdiff_t row = g.spans[tile.span].start + tile.row + i / group;
             float* to = g.dq + row * g.dq_stride + (kv_head * group + i % group) * width;
+            const float* from = g.partials + piece * tile_floats + i * width;
+            const size_t apart = static_cast<size_t>(s.kv_heads) * tiles * tile_floats;
             for (int j = 0; j < width; j += 8) {
                 f32x8 total{};
-                for (int p = 0; p < g.num_partials; ++p) {
-                    total += load(g.partials + (static_cast<size_t>(p) * s.kv_heads * tiles + piece) * tile_floats + i * width + j);
-                }
+                for (int p = 0; p < g.num_partials; ++p) total += load(from + p * apart + j);
                 store(to + j, total * splat(factor));
             }
         }

@@ -65,7 +65,9 @@ std::pair<size_t, size_t> plan_gradients(AttentionGradients& g, const AttentionS
         const int begin = s.window > 0 ? std::max(0, span.kv_len - span.length + 1 - s.window) : 0;
         const int blocks = (span.kv_len - begin + GRADIENT_KEYS - 1) / GRADIENT_KEYS;
         for (int part = 0; part < g.num_partials; ++part) {
-            const auto at = [&](int p) { return std::min(begin + blocks * p / g.num_partials * GRADIENT_KEYS, span.kv_len); };
+            const auto at = [&](int p) {
+                return std::min(begin + blocks * p / g.num_partials * GRADIENT_KEYS, span.kv_len);
+            };
             // A task without keys is one too: it writes zeros.
             for (int head = 0; head < s.kv_heads; ++head) {
                 g.tasks.push_back({i, head, at(part), at(part + 1), first_tile, num_tiles, part});
@@ -73,7 +75,8 @@ std::pair<size_t, size_t> plan_gradients(AttentionGradients& g, const AttentionS
         }
     }
     // Early keys are read by the most rows.
-    std::stable_sort(g.tasks.begin(), g.tasks.end(), [](const auto& a, const auto& b) { return a.partial < b.partial; });
+    std::stable_sort(g.tasks.begin(), g.tasks.end(),
+                     [](const auto& a, const auto& b) { return a.partial < b.partial; });
     const size_t tiles = g.tiles.size() * s.kv_heads;
     return {tiles * prepared_floats(s.head_dim), tiles * g.num_partials * MOST_QUERIES * s.head_dim};
 }

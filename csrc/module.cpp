@@ -240,9 +240,9 @@ class Layers {
         check_rows(cos, "cos");
         check_rows(sin, "sin");
         check_slots(slots, rows, kv.num_slots);
-        LayerRows batch{x.data(),   rows,       cos.data(), sin.data(),
-                        slots.data(), block_size, spans_of(table, blocks, rows, block_size, kv.num_slots),
-                        {},         {}};
+        auto spans = spans_of(table, blocks, rows, block_size, kv.num_slots);
+        LayerRows batch{x.data(),     rows,       cos.data(),       sin.data(),
+                        slots.data(), block_size, std::move(spans), {},         {}};
         std::vector<std::vector<const LowRank*>> loras;
         loras.reserve(bypasses.size());
         for (const auto& [first, last, refs] : bypasses) {
@@ -342,7 +342,10 @@ void unpack_rows(const WeightRef& w, int first, Out out, int threads) {
         work.each((end - 1) / GROUP + 1 - begin, [&](int piece) {
             const int from = (begin + piece) * GROUP;
             const auto row = [&](int r) { return out.data() + (r - first) * out.stride(0); };
-            if (from >= first && from + GROUP <= end) return isa().unpack_group(w.weight, begin + piece, row(from), out.stride(0));
+            if (from >= first && from + GROUP <= end) {
+                isa().unpack_group(w.weight, begin + piece, row(from), out.stride(0));
+                return;
+            }
             for (int r = std::max(from, first); r < std::min(from + GROUP, end); ++r) isa().unpack(w.weight, r, row(r));
         });
     });
@@ -479,10 +482,18 @@ void attention_backward(HeadsOut dq, Gradient dk, Gradient dv, Heads d_out, Head
         }
     }
     AttentionGradients g{};
-    g.q = q.data(), g.out = out.data(), g.d_out = d_out.data(), g.lse = lse.data();
-    g.q_stride = q.stride(0), g.out_stride = out.stride(0), g.d_out_stride = d_out.stride(0);
-    g.dq = dq.data(), g.dk = dk.data(), g.dv = dv.data();
-    g.dq_stride = dq.stride(0), g.head_stride = dk.stride(0);
+    g.q = q.data();
+    g.out = out.data();
+    g.d_out = d_out.data();
+    g.lse = lse.data();
+    g.q_stride = q.stride(0);
+    g.out_stride = out.stride(0);
+    g.d_out_stride = d_out.stride(0);
+    g.dq = dq.data();
+    g.dk = dk.data();
+    g.dv = dv.data();
+    g.dq_stride = dq.stride(0);
+    g.head_stride = dk.stride(0);
     g.first_tokens = firsts.data();
     g.spans = std::move(spans);
     nb::gil_scoped_release release;

@@ -1,6 +1,6 @@
 // Vectors of eight numbers, or of as many as a register holds ("wide"), in the compiler's own vector extension:
-// one source for every machine. What it
-// cannot say well (integer dot products, half floats, rounding) is written per instruction set in `dots.h`.
+// one source for every machine. What it cannot say well (integer dot products, half floats, rounding) is written
+// per instruction set in `dots.h`.
 #pragma once
 
 #include <cstdint>

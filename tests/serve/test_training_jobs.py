@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
+import json
+import math
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,9 @@ import pytest
 import tokenloom.serve.models
 from running import Running, assert_error, wait_for
 from tokenloom.engine.latency_model import Features, LatencyModel
-from tuning_server import client_of, create, rows, say, start, steps_of, until, upload
+from tokenloom.finetune.jsonl import MAX_LINE_BYTES
+from tokenloom.finetune.objective import SupervisedFinetuning
+from tuning_server import PROMPT, client_of, create, rows, say, start, steps_of, until, upload
 
 LONG = 50  # epochs; of many rows, that is more than any test waits for
 
@@ -264,24 +270,85 @@ def test_requests_get_the_same_text_while_a_job_trains(begin):
     client.fine_tuning.jobs.cancel(job.id)
 
 
+def quick_machine() -> LatencyModel:
+    samples = [
+        (Features(rows=n, context=n * n, head_rows=1, train_rows=n), 0.1 + n / 100) for n in (1, 8, 64)
+    ]
+    samples += [(Features(bwd_quanta=1, bwd_rows=n, bwd_context=n * n), 0.1 + n / 100) for n in (8, 64)]
+    samples += [(Features(loss_quanta=1, loss_rows=8), 0.2), (Features(optimizer=1), 0.5)]
+    return LatencyModel.fit(samples)
+
+
 @pytest.mark.parametrize("profiled", [False, True])
 def test_co_serving_finishes_a_job_beside_requests(begin, profiled):
     """Once with a latency model that is given, once with the profile that the server takes itself."""
     server = begin(coserve__mode="coserve")
     client = client_of(server)
     if not profiled:
-        samples = [
-            (Features(rows=n, context=n * n, head_rows=1, train_rows=n), 0.1 + n / 100) for n in (1, 8, 64)
-        ]
-        samples += [(Features(bwd_quanta=1, bwd_rows=n, bwd_context=n * n), 0.1 + n / 100) for n in (8, 64)]
-        samples += [(Features(loss_quanta=1, loss_rows=8), 0.2), (Features(optimizer=1), 0.5)]
-        server.engine.engine.coserver.latency = LatencyModel.fit(samples)
+        server.engine.engine.coserver.latency = quick_machine()
     alone = say(server, "tiny", max_tokens=60)
     job = create(client, upload(client, rows(12)), epochs=4)
     wait_for(lambda: server.engine.stats().training_jobs == 1)
     for salt in range(5):
         assert say(server, "tiny", max_tokens=60, cache_salt=str(salt)) == alone
     assert until(client, job.id, "succeeded", "failed").status == "succeeded"
+
+
+def giant_rows() -> bytes:
+    """Lines of just under, and over, the longest that is read, between good ones."""
+    lines = []
+    for size in (MAX_LINE_BYTES - 200, MAX_LINE_BYTES + 200):
+        text = "the boat is at sea " * (size // 19)
+        messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}]
+        lines.append(json.dumps({"messages": messages}).encode() + b"\n")
+    return rows(6) + lines[0] + lines[1] + rows(6)
+
+
+def test_poisoned_jobs_cost_a_running_chat_nothing(begin, monkeypatch):
+    """Giant lines, then a loss that becomes NaN, beside a stream whose targets are generous."""
+    server = begin(coserve__mode="coserve", slo__ttft_ms=2000, slo__tpot_ms=100)
+    server.engine.engine.coserver.latency = quick_machine()
+    client = client_of(server)
+    alone = say(server, "tiny", max_tokens=400)
+    outcomes, stop = [], threading.Event()
+
+    def chat() -> None:
+        while not stop.is_set():
+            times, text = [time.monotonic()], ""
+            stream = client.completions.create(
+                model="tiny",
+                prompt=PROMPT,
+                max_tokens=400,
+                temperature=0,
+                stream=True,
+                extra_body={"ignore_eos": True},
+            )
+            for chunk in stream:
+                times.append(time.monotonic())
+                text += chunk.choices[0].text if chunk.choices else ""
+            ttft_s, tpot_s = times[1] - times[0], (times[-1] - times[1]) / 399
+            outcomes.append((text == alone, ttft_s <= 2, tpot_s <= 0.1))
+
+    chatting = threading.Thread(target=chat)
+    chatting.start()
+    try:
+        giant = until(client, create(client, upload(client, giant_rows())).id, "failed", "succeeded")
+        assert (giant.status, giant.error.code) == ("failed", "invalid_training_file")
+        assert "line 7: " in giant.error.message and "line 8: the line is longer" in giant.error.message
+        honest, calls = SupervisedFinetuning.backward, itertools.count()
+
+        def poisoned(self: Any, *args: Any) -> Any:
+            sums, gradient = honest(self, *args)
+            return sums, gradient * (math.nan if next(calls) > 8 else 1)
+
+        monkeypatch.setattr(SupervisedFinetuning, "backward", poisoned)
+        job = until(client, create(client, upload(client, rows(12)), epochs=LONG).id, "failed", "succeeded")
+        assert job.status == "failed" and "step" in job.error.message
+        assert server.engine.stats().training_tokens > 0
+    finally:
+        stop.set()
+        chatting.join()
+    assert outcomes and all(all(outcome) for outcome in outcomes)
 
 
 def test_a_restarted_server_goes_on_with_its_jobs(begin):
