@@ -5,8 +5,9 @@
 #
 # One virtual environment for each peer, from package registries alone, and each peer's model files, made
 # from the default model's GGUF (`tokenloom models pull` first). What exists is kept; a peer that cannot be
-# installed is named and left out. PYTHON is a Python of 3.11 or newer; llama.cpp is compiled for this
-# machine, which takes some minutes and a C++ compiler. To make one again: rm -r .peers/NAME .peers/models/NAME
+# installed is named and left out. PYTHON is a Python of 3.11 or newer; llama.cpp is compiled for this machine
+# by JOBS compilers at a time (1), which takes some minutes and a C++ compiler. To make one again:
+# rm -r .peers/NAME .peers/models/NAME
 set -u
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -40,8 +41,9 @@ llama_cpp_isa() {
 }
 
 install_llama_cpp() {
-    CMAKE_ARGS="$(llama_cpp_isa) -DGGML_OPENMP=ON -DLLAVA_BUILD=OFF" CMAKE_BUILD_PARALLEL_LEVEL=1 \
-        pip_install llama_cpp llama-cpp-python==0.3.36 numpy
+    # Without pip's cache: a wheel in there may be from other flags, or another machine.
+    CMAKE_ARGS="$(llama_cpp_isa) -DGGML_OPENMP=ON -DLLAVA_BUILD=OFF" CMAKE_BUILD_PARALLEL_LEVEL=${JOBS:-1} \
+        pip_install llama_cpp --no-cache-dir llama-cpp-python==0.3.36 numpy
 }
 
 install_transformers() {
