@@ -7,7 +7,7 @@ rounding of float32 only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,10 @@ from tokenloom.kernels import native
 from tokenloom.llm import LLM
 from tokenloom.models.weight_loader import Quantize
 
-pytestmark = pytest.mark.skipif(native is None, reason="the native kernels were not built")
-
-
-@pytest.fixture(autouse=True)
-def usual_machine() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    native.use_isa(ISAS[0])
+pytestmark = [
+    pytest.mark.skipif(native is None, reason="the native kernels were not built"),
+    pytest.mark.usefixtures("usual_machine"),
+]
 
 
 @pytest.fixture

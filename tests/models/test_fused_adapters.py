@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,10 @@ from tokenloom.cache.kv_cache import KVCache
 from tokenloom.kernels import native
 from tokenloom.models.adapters import Adapter, AdapterConfig, Dims, LoraConfig
 
-pytestmark = pytest.mark.skipif(native is None, reason="the native kernels were not built")
+pytestmark = [
+    pytest.mark.skipif(native is None, reason="the native kernels were not built"),
+    pytest.mark.usefixtures("usual_machine"),
+]
 
 LORAS = [name for name in CONFIGS if name.startswith("lora")]
 SITES = ("input", "query", "residual", "gate_up")
@@ -31,14 +33,6 @@ PARTS = [
     (IDS[20:32], 0, [20, 21, 22]),
     (IDS[30:39], 0, [40, 42, 44]),
 ]
-
-
-@pytest.fixture(autouse=True)
-def usual_machine() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    native.use_isa(ISAS[0])
 
 
 def adapter_of(model: Runner, config: AdapterConfig, seed: int = 0) -> Adapter:
