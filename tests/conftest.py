@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+from tokenloom.kernels import native
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -20,3 +24,13 @@ def default_model() -> Path:
         return resolve(DEFAULT_MODEL)
     except ModelError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def usual_machine() -> Iterator[None]:
+    """For tests that choose threads or an instruction set: the next test has the usual ones again."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    if native is not None:
+        native.use_isa(native.isas()[0])

@@ -1,18 +1,15 @@
-"""A tiny model's shape, a LoRA folder for it that PEFT wrote, and a machine that is left as it was found."""
+"""A tiny model's shape, and a LoRA folder for it that PEFT wrote."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import peft
 import pytest
-import torch
 
 from peft_folders import ALL, written_by_peft
 from tiny_models import build_tiny
-from tokenloom.kernels import native
 from tokenloom.models.config import ModelConfig
 from tokenloom.models.loader import read_config as read_model_config
 
@@ -35,12 +32,3 @@ def peft_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def adapter_folder(peft_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(peft_folder, tmp_path / "adapter"))
-
-
-@pytest.fixture
-def usual_machine() -> Iterator[None]:
-    """Afterwards the threads and the instruction set are the usual ones again."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    native.use_isa(native.isas()[0])
