@@ -6,6 +6,10 @@ constexpr int ROWS_AT_ONCE = WIDE == 16 ? 8 : 4;  // sums of so many rows times 
 
 // Where in the cache the keys of a span lie, counted in heads.
 void locate(const AttentionShape& s, const Span& span, int begin, int count, int kv_head, size_t* index) {
+    if (span.cells) {
+        std::copy_n(span.cells + begin, count, index);
+        return;
+    }
     const int32_t* block = span.blocks + begin / s.block_size;
     int offset = begin % s.block_size;
     for (int i = 0; i < count; ++block, offset = 0) {

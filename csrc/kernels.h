@@ -28,10 +28,13 @@ struct KVLayer {
     bool quantized() const { return key_scales != nullptr; }
 };
 
-// Rows `start .. start + length` of the batch are the last of `kv_len` tokens in `blocks`.
+// Rows `start .. start + length` of the batch are the last of `kv_len` tokens in `blocks`; or they read through kv
+// head `head` alone, and its keys and values lie at `cells`, counted in heads from where the cache begins.
 struct Span {
     int start, length, kv_len;
     const int32_t* blocks;
+    const int64_t* cells = nullptr;
+    int head = -1;
 };
 
 // One attention: who reads what. `window` 0: everything before.

@@ -30,7 +30,8 @@ AttentionPlan plan_attention(const std::vector<Span>& spans, const AttentionShap
             const int begin = s.window > 0 ? std::max(0, first + 1 - s.window) : 0, end = first + rows;
             const int split = span.length <= SPLIT_ROWS ? SPLIT_KEYS : end - begin;
             const int pieces = (end - begin + split - 1) / split;
-            for (int head = 0; head < s.kv_heads; ++head) {
+            const int heads = span.cells ? span.head + 1 : s.kv_heads;
+            for (int head = span.cells ? span.head : 0; head < heads; ++head) {
                 for (int p = 0; p < pieces; ++p) {
                     const int from = begin + p * split;
                     AttentionTask task{i, row, rows, head, from, std::min(from + split, end), -1, 0};
@@ -142,10 +143,12 @@ void run_layers(const Kernels& kernels, int threads, const Shape& shape, const s
     const int ff_stride = shape.ff + APART, gate_up_stride = 2 * shape.ff + APART;
     const size_t inner = floats(std::max(ff_stride, shape.q_width()));
     const size_t bypassed = floats(ranks > 0 ? shape.width : 0);
-    float* qkv = own.rows(floats(shape.qkv_width()) + inner + bypassed + floats(ranks) +
-                          floats(keeps_gate_up ? gate_up_stride : 0));
-    float* hidden = qkv + floats(shape.qkv_width());  // what attention, and later the MLP's activation, puts out
-    float* normed = hidden + inner;                   // what bypasses of qkv and gate_up read
+    const size_t projected = batch.qkv ? 0 : floats(shape.qkv_width());
+    float* buffer = own.rows(projected + inner + bypassed + floats(ranks) +
+                             floats(keeps_gate_up ? gate_up_stride : 0));
+    float* qkv = batch.qkv ? batch.qkv : buffer;
+    float* hidden = buffer + projected;  // what attention, and later the MLP's activation, puts out
+    float* normed = hidden + inner;      // what bypasses of qkv and gate_up read
     float* z = normed + bypassed;                     // their middle
     float* gate_up = z + floats(ranks);               // where it is wanted before SiLU
 
@@ -154,6 +157,7 @@ void run_layers(const Kernels& kernels, int threads, const Shape& shape, const s
         const bool reads_norm = site == QKV || site == GATE_UP;
         passes[i].x = reads_norm ? normed : hidden;
         passes[i].stride = reads_norm ? shape.width : site == O ? shape.q_width() : ff_stride;
+        if (site == O && static_cast<int>(i / SITES) * 2 + 1 == begin) passes[i].x = batch.attended;
         passes[i].z = z;
         passes[i].z_stride = ranks;
     }
@@ -163,7 +167,7 @@ void run_layers(const Kernels& kernels, int threads, const Shape& shape, const s
     // Layers differ in their window only; models have at most two.
     std::vector<std::pair<int, AttentionPlan>> plans;
     size_t partial_floats_needed = 0;
-    for (int i = begin; i < end; ++i) {
+    for (int i = begin / 2; 2 * i + 1 < end; ++i) {
         const int window = layers[i].window;
         if (std::any_of(plans.begin(), plans.end(), [&](const auto& p) { return p.first == window; })) continue;
         attention.window = window;
@@ -182,7 +186,8 @@ void run_layers(const Kernels& kernels, int threads, const Shape& shape, const s
             return part;
         };
         const int unit = shape.kv_heads * shape.head_dim;
-        for (int i = begin; i < end; ++i) {
+        for (int half = begin; half < end; ++half) {
+            const int i = half / 2;
             const Layer& layer = layers[i];
             AttentionShape own_attention = attention;
             own_attention.window = layer.window;
@@ -202,14 +207,22 @@ void run_layers(const Kernels& kernels, int threads, const Shape& shape, const s
             const auto tap = [&](Place place, const float* from, ptrdiff_t stride, int width) {
                 if (!batch.taps.empty()) keep(work, batch.taps, place, from, stride, width, unit, kv[i]);
             };
-            tap(Place::Input, x, shape.width, shape.width);
-            project(QKV, layer.qkv, x, shape.width, layer.input_norm, Then::Store, qkv, shape.qkv_width());
-            kernels.rope_append(work, qkv, rows, own_attention, layer.q_norm, layer.k_norm, shape.eps, batch.cos,
-                                batch.sin, batch.slots, kv[i]);
-            tap(Place::Query, qkv, shape.qkv_width(), shape.q_width());
-            kernels.attention(work, qkv, own_attention, batch.spans.data(), plan->tasks.data(),
-                              static_cast<int>(plan->tasks.size()), partials, kv[i], hidden, nullptr);
-            project(O, layer.o, hidden, shape.q_width(), nullptr, Then::Add, x, shape.width);
+            if (half % 2 == 0) {
+                tap(Place::Input, x, shape.width, shape.width);
+                project(QKV, layer.qkv, x, shape.width, layer.input_norm, Then::Store, qkv, shape.qkv_width());
+                kernels.rope_append(work, qkv, rows, own_attention, layer.q_norm, layer.k_norm, shape.eps, batch.cos,
+                                    batch.sin, batch.slots, kv[i]);
+                tap(Place::Query, qkv, shape.qkv_width(), shape.q_width());
+                continue;
+            }
+            const float* attended = hidden;
+            if (half == begin) {
+                attended = batch.attended;
+            } else {
+                kernels.attention(work, qkv, own_attention, batch.spans.data(), plan->tasks.data(),
+                                  static_cast<int>(plan->tasks.size()), partials, kv[i], hidden, nullptr);
+            }
+            project(O, layer.o, attended, shape.q_width(), nullptr, Then::Add, x, shape.width);
             tap(Place::Residual, x, shape.width, shape.width);
             if (keeps_gate_up) {
                 project(GATE_UP, layer.gate_up, x, shape.width, layer.post_norm, Then::Store, gate_up, gate_up_stride);

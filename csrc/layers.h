@@ -67,6 +67,8 @@ struct LayerRows {
     std::vector<Span> spans;
     std::vector<Bypass> bypasses;
     std::vector<Tap> taps;
+    float* qkv = nullptr;             // [T, qkv_width], where a call ends before attention or begins behind it
+    const float* attended = nullptr;  // [T, q_width], what attention gave, where a call begins behind it
 };
 
 // Memory that calls of one thread use again.
@@ -79,7 +81,9 @@ struct Scratch {
 };
 Scratch& scratch();
 
-// The batch goes through layers[begin..end).
+// The batch goes through the halves of layers begin .. end. Half 2 i ends where queries, keys and values of layer i
+// are ready and appended to the cache, half 2 i + 1 begins with attention, unless the call begins there: then the
+// caller has computed it.
 void run_layers(const Kernels& kernels, int threads, const Shape& shape, const std::vector<Layer>& layers,
                 const std::vector<KVLayer>& kv, int begin, int end, const LayerRows& batch);
 

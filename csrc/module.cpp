@@ -164,6 +164,42 @@ void attention(Heads q, const KV& kv, int layer, Table table, Vector<int32_t> bl
     });
 }
 
+// Each kv head reads what lies at its own cells; the rows are the last of each list, in order. As many lists as kv
+// heads, or as query heads.
+void attention_at(Heads q, const KV& kv, Vector<int64_t> cells, Vector<int64_t> ends, HeadsOut out, int threads) {
+    AttentionShape shape = shape_of(q, kv, 1, 0, out.stride(0));
+    check_heads(q, q, "q");
+    check_heads(out, q, "out");
+    const int rows = static_cast<int>(q.shape(0)), lists = static_cast<int>(ends.shape(0));
+    if (lists != shape.kv_heads && lists != shape.heads) bad("ends: one for each kv head, or each head, expected");
+    if (!kv.one_tensor) bad("cache: all layers in one tensor expected");
+    if (rows == 0) return;
+    shape.kv_heads = lists;
+    const int64_t layer = static_cast<int64_t>(kv.num_slots) * kv.heads, all = 2 * layer * kv.layers.size();
+    std::vector<Span> spans;
+    int64_t begin = 0;
+    for (int i = 0; i < lists; begin = ends.data()[i++]) {
+        const int64_t end = ends.data()[i];
+        if (end - begin < rows || end > static_cast<int64_t>(cells.shape(0))) bad("ends: a list has no place for q");
+        spans.push_back({0, rows, static_cast<int>(end - begin), nullptr, cells.data() + begin, i});
+    }
+    for (int64_t i = 0; i < begin; ++i) {
+        const int64_t cell = cells.data()[i];
+        if (cell < 0 || cell >= all || cell / layer % 2) bad("cells: not a cell of keys: " + std::to_string(cell));
+    }
+    nb::gil_scoped_release release;
+    const AttentionPlan plan = plan_attention(spans, shape);
+    auto& partials = scratch().partials;
+    const size_t needed = static_cast<size_t>(plan.partial_rows) * (shape.head_dim + 2);
+    if (partials.size() < needed) partials.resize(needed);
+    float* memory = partials.data();
+    run_team(threads, [&](Team& team) {
+        Work work(team, threads);
+        isa().attention(work, q.data(), shape, spans.data(), plan.tasks.data(), static_cast<int>(plan.tasks.size()),
+                        memory, kv.layers[0], out.data(), nullptr);
+    });
+}
+
 using Gradient = nb::ndarray<float, nb::ndim<3>, nb::device::cpu>;  // [Hk, tokens, D]
 
 void attention_backward(HeadsOut dq, Gradient dk, Gradient dv, Heads d_out, Heads q, Heads out, Lse lse, const KV& kv,
@@ -285,7 +321,8 @@ NB_MODULE(_native, m) {
         .def("add", &Layers::add, "input_norm"_a, "qkv"_a, "q_norm"_a.none(), "k_norm"_a.none(), "o"_a,
              "post_norm"_a, "gate_up"_a, "down"_a, "window"_a)
         .def("forward", &Layers::forward, "x"_a.noconvert(), "begin"_a, "end"_a, "kv"_a, "cos"_a, "sin"_a,
-             "slots"_a, "spans"_a, "blocks"_a, "block_size"_a, "bypasses"_a, "taps"_a, "threads"_a);
+             "slots"_a, "spans"_a, "blocks"_a, "block_size"_a, "bypasses"_a, "taps"_a,
+             "qkv"_a.noconvert().none(), "attended"_a.noconvert().none(), "threads"_a);
     nb::class_<KV>(m, "KV")
         .def(nb::init<std::vector<Cache>, std::vector<Cache>, std::vector<Scales>, std::vector<Scales>>(),
              "keys"_a.noconvert(), "values"_a.noconvert(), "key_scales"_a.noconvert(),
@@ -300,6 +337,7 @@ NB_MODULE(_native, m) {
     m.def("silu_mul_backward", &silu_mul_backward, "dy"_a, "gate_up"_a, "out"_a.noconvert(), "threads"_a);
     m.def("attention", &attention, "q"_a, "kv"_a, "layer"_a, "spans"_a, "blocks"_a, "block_size"_a, "window"_a,
           "out"_a.noconvert(), "lse"_a.noconvert().none(), "threads"_a);
+    m.def("attention_at", &attention_at, "q"_a, "kv"_a, "cells"_a, "ends"_a, "out"_a.noconvert(), "threads"_a);
     m.def("attention_backward", &attention_backward, "dq"_a.noconvert(), "dk"_a.noconvert(), "dv"_a.noconvert(),
           "d_out"_a, "q"_a, "out"_a, "lse"_a, "kv"_a, "layer"_a, "spans"_a, "blocks"_a, "firsts"_a, "block_size"_a,
           "window"_a, "threads"_a, "Writes dq, adds to dk and dv.");

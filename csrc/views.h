@@ -104,6 +104,7 @@ struct KV {
     size_t num_slots = 0;
     int heads = 0, head_dim = 0;
     bool one_piece = true;  // float32, and each layer's values follow its keys
+    bool one_tensor = true;  // each layer's values follow its keys, and the next layer follows them
 
     KV(std::vector<Cache> keys_, std::vector<Cache> values_, std::vector<Scales> key_scales,
        std::vector<Scales> value_scales)
@@ -126,6 +127,9 @@ struct KV {
                 }
             }
             layers.push_back({keys[i].data(), values[i].data(), nullptr, nullptr});
+            const size_t bytes = keys[i].nbytes();
+            const auto at = [&](const Cache& part) { return static_cast<const char*>(part.data()); };
+            one_tensor = one_tensor && at(keys[i]) == at(keys[0]) + 2 * i * bytes && at(values[i]) == at(keys[i]) + bytes;
             const auto* behind = static_cast<float*>(keys[i].data()) + num_slots * heads * head_dim;
             one_piece = one_piece && !quantized && values[i].data() == behind;
             if (!quantized) continue;
@@ -223,10 +227,11 @@ class Layers {
 
     void forward(Out x, int begin, int end, const KV& kv, Rows cos, Rows sin, Vector<int64_t> slots, Table table,
                  Vector<int32_t> blocks, int block_size, const std::vector<BypassArgs>& bypasses,
-                 const std::vector<TapArgs>& taps, int threads) const {
+                 const std::vector<TapArgs>& taps, std::optional<Out> qkv, std::optional<Rows> attended,
+                 int threads) const {
         const int rows = static_cast<int>(x.shape(0));
         const int half = shape_.head_dim / 2;
-        if (begin < 0 || end > static_cast<int>(layers_.size()) || kv.layers.size() != layers_.size() ||
+        if (begin < 0 || end > 2 * static_cast<int>(layers_.size()) || kv.layers.size() != layers_.size() ||
             kv.heads != shape_.kv_heads || kv.head_dim != shape_.head_dim) {
             bad("layers: out of range, or a cache of another model");
         }
@@ -242,8 +247,25 @@ class Layers {
         check_rows(sin, "sin");
         check_slots(slots, rows, kv.num_slots);
         auto spans = spans_of(table, blocks, rows, block_size, kv.num_slots);
-        LayerRows batch{x.data(),     rows,       cos.data(),       sin.data(),
-                        slots.data(), block_size, std::move(spans), {},         {}};
+        LayerRows batch{x.data(), rows, cos.data(), sin.data(), slots.data(), block_size, std::move(spans), {}, {}};
+        const bool begins_behind = begin % 2 == 1, ends_before = end % 2 == 1;
+        if ((begins_behind || ends_before) && !qkv) bad("qkv: expected, since attention is left to the caller");
+        if (qkv) {
+            if (static_cast<int>(qkv->shape(0)) != rows || static_cast<int>(qkv->shape(1)) != shape_.qkv_width() ||
+                qkv->stride(0) != shape_.qkv_width()) {
+                bad("qkv: wrong shape");
+            }
+            check_rows(*qkv, "qkv");
+            batch.qkv = qkv->data();
+        }
+        if (begins_behind) {
+            if (!attended || static_cast<int>(attended->shape(0)) != rows ||
+                static_cast<int>(attended->shape(1)) != shape_.q_width() || attended->stride(0) != shape_.q_width()) {
+                bad("attended: wrong shape");
+            }
+            check_rows(*attended, "attended");
+            batch.attended = attended->data();
+        }
         std::vector<std::vector<const LowRank*>> loras;
         loras.reserve(bypasses.size());
         for (const auto& [first, last, refs] : bypasses) {

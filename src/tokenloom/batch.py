@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tokenloom.cache.cached_tokens import CachedTokens
+from tokenloom.cache.policy import KVPolicy
 from tokenloom.kernels import Kernels, KVSpan, Linear, LowRank
 
 Keep = Callable[[int, str, int], Tensor | None]
@@ -66,6 +68,20 @@ class Tap(Protocol):
 
 
 @dataclass(slots=True)
+class PolicyRows:
+    """Rows of one segment whose attention a KV policy may change."""
+
+    segment: Segment
+    policy: KVPolicy
+    cached: CachedTokens
+
+    @property
+    def rows(self) -> slice:
+        span = self.segment.span
+        return slice(span.start, span.start + span.length)
+
+
+@dataclass(slots=True)
 class Segment:
     """A run of rows of one sequence.
 
@@ -90,6 +106,8 @@ class Batch:
         logits_rows: `[M]` int64, rows whose logits are wanted, in the order in which they are returned.
         bypasses: which rows go through which adapter; rows of the base model alone are in none.
         taps: who reads activations.
+        policies: segments that a KV policy attends to.
+        spans: those of all segments; plain_spans: of those that no policy attends to.
     """
 
     tokens: Tensor
@@ -99,10 +117,14 @@ class Batch:
     logits_rows: Tensor
     bypasses: list[BypassRows] = field(default_factory=list)
     taps: list[Tap] = field(default_factory=list)
+    policies: list[PolicyRows] = field(default_factory=list)
     spans: list[KVSpan] = field(init=False)
+    plain_spans: list[KVSpan] = field(init=False)
 
     def __post_init__(self) -> None:
         self.spans = [segment.span for segment in self.segments]
+        others = {id(part.segment) for part in self.policies}
+        self.plain_spans = [s.span for s in self.segments if id(s) not in others] if others else self.spans
 
     @property
     def num_rows(self) -> int:
@@ -121,6 +143,7 @@ class BatchBuilder:
         self.logits_rows: list[int] = []
         self.bypasses: list[BypassRows] = []
         self.taps: list[Tap] = []
+        self.policies: list[PolicyRows] = []
 
     @property
     def num_rows(self) -> int:
@@ -136,13 +159,15 @@ class BatchBuilder:
         block_size: int,
         contiguous: bool,
         logits: str = "last",
+        position: int | None = None,
     ) -> int:
         """Append one segment.
 
         Args:
-            tokens: its tokens, the first at KV index and position `kv_start`.
+            tokens: its tokens, the first at KV index `kv_start`.
             blocks: the sequence's block table, long enough for all of them.
             logits: `none`, `last` or `all` of its rows.
+            position: of the first token; None: `kv_start`.
 
         Returns:
             The first row of the segment.
@@ -150,7 +175,8 @@ class BatchBuilder:
         start, length = len(self.tokens), len(tokens)
         end = kv_start + length
         self.tokens += tokens
-        self.positions += range(kv_start, end)
+        first = kv_start if position is None else position
+        self.positions += range(first, first + length)
         self.slots += [blocks[i // block_size] * block_size + i % block_size for i in range(kv_start, end)]
         blocks_read = blocks[: -(-end // block_size)]
         self.segments.append(Segment(kind, KVSpan(start, length, end, blocks_read, contiguous)))
@@ -168,6 +194,10 @@ class BatchBuilder:
         else:
             self.bypasses.append(BypassRows(slice(start, self.num_rows), adapter, keep))
 
+    def governed(self, policy: KVPolicy, cached: CachedTokens) -> None:
+        """Let a policy attend to the segment added last."""
+        self.policies.append(PolicyRows(self.segments[-1], policy, cached))
+
     def build(self) -> Batch:
         return Batch(
             tokens=torch.tensor(self.tokens, device=self.device),
@@ -177,4 +207,5 @@ class BatchBuilder:
             logits_rows=torch.tensor(self.logits_rows, dtype=torch.int64, device=self.device),
             bypasses=self.bypasses,
             taps=self.taps,
+            policies=self.policies,
         )

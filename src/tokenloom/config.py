@@ -135,6 +135,12 @@ class JobSettings(_Branch):
     max_concurrent: int = Field(1, ge=1, le=16, description="Jobs that train at the same time.")
 
 
+class MethodSettings(_Branch):
+    """Published methods that are on unless a request says otherwise; see `tokenloom methods`."""
+
+    kv: str = Field("", description='Which cached tokens are kept and read, e.g. "snapkv(budget=1024)".')
+
+
 class LimitSettings(_Branch):
     """What one HTTP request may ask for."""
 
@@ -184,6 +190,7 @@ class Settings(BaseSettings):
     ft: FtSettings = Field(default_factory=FtSettings)
     adapters: AdapterSettings = Field(default_factory=AdapterSettings)
     jobs: JobSettings = Field(default_factory=JobSettings)
+    methods: MethodSettings = Field(default_factory=MethodSettings)
     limits: LimitSettings = Field(default_factory=LimitSettings)
     server: ServerSettings = Field(default_factory=ServerSettings)
 

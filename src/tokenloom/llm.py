@@ -18,6 +18,7 @@ from tokenloom.errors import RequestError
 from tokenloom.finetune.local import FinetuneResult, Rows, StepReport, finetune_folder
 from tokenloom.models.adapters import load_adapter
 from tokenloom.models.catalog import DEFAULT_MODEL
+from tokenloom.methods.kv import Combination, combine
 from tokenloom.text.tokenizer import Tokenizer
 
 Prompt = str | list[int]
@@ -86,6 +87,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         adapter: str | None = None,
+        kv: str | None = None,
     ) -> list[RequestOutput]:
         """Continue each prompt; all of them run together.
 
@@ -93,6 +95,8 @@ class LLM:
             prompts: strings or lists of token ids (or one of either).
             params: for all prompts, or one for each; by default 16 tokens at temperature 1.
             adapter: the name of a loaded adapter; None is the base model.
+            kv: which cached tokens are kept and read, such as `"snapkv(budget=1024)"`; `"off"`: all. None:
+                as the settings say.
 
         Returns:
             One output per prompt, in order.
@@ -105,9 +109,12 @@ class LLM:
         if len(each) != len(many):
             raise RequestError(f"params has {len(each)} entries for {len(many)} prompts", param="params")
         token_ids = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in many]
-        loaded = self._adapter(adapter)
+        loaded, method = self._adapter(adapter), self._kv(kv)
         return self._run(
-            [Request(self._next_id(), ids, p, adapter=loaded) for ids, p in zip(token_ids, each, strict=True)]
+            [
+                Request(self._next_id(), ids, p, adapter=loaded, kv=method)
+                for ids, p in zip(token_ids, each, strict=True)
+            ]
         )
 
     def chat(
@@ -116,13 +123,14 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         adapter: str | None = None,
+        kv: str | None = None,
         **template_variables: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation, or several together.
 
         Args:
             messages: `{"role": ..., "content": ...}` dictionaries, or a list of such lists.
-            params, adapter: as in `generate`.
+            params, adapter, kv: as in `generate`.
             template_variables: passed to the model's chat template.
 
         Returns:
@@ -139,10 +147,15 @@ class LLM:
             )
             for conversation in conversations
         ]
-        return self.generate(prompts, params, adapter=adapter)
+        return self.generate(prompts, params, adapter=adapter, kv=kv)
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, adapter: str | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        adapter: str | None = None,
+        kv: str | None = None,
     ) -> Iterator[Delta]:
         """Continue one prompt, piece by piece. Ending the iteration early aborts it.
 
@@ -150,8 +163,8 @@ class LLM:
             What each choice gained, in the order in which it came.
         """
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        chosen = self._adapter(adapter)
-        request = Request(self._next_id(), ids, params or SamplingParams(), adapter=chosen)
+        chosen, method = self._adapter(adapter), self._kv(kv)
+        request = Request(self._next_id(), ids, params or SamplingParams(), adapter=chosen, kv=method)
         self.engine.add(request)
         try:
             while not request.finished:
@@ -257,6 +270,9 @@ class LLM:
         if adapter is None:
             raise self._unknown_adapter(name)
         return adapter
+
+    def _kv(self, spec: str | None) -> Combination | None:
+        return combine(self.settings.methods.kv if spec is None else spec)
 
     def _unknown_adapter(self, name: str) -> RequestError:
         known = ", ".join(adapter.name for adapter in self.engine.adapters.list()) or "none is"

@@ -107,6 +107,12 @@ class BlockPool:
             self._block_of[digest] = block
             self._digest_of[block] = digest
 
+    def unpublish(self, block: int) -> None:
+        """Drop a block in use from the prefix index: its content is about to change."""
+        digest = self._digest_of.pop(block, None)
+        if digest is not None:
+            del self._block_of[digest]
+
     def is_published(self, block: int) -> bool:
         return block in self._digest_of
 

@@ -37,6 +37,12 @@ class BlockTable:
         """Append a block whose reference the caller already holds (a prefix-cache hit)."""
         self._append(block)
 
+    def cut(self, num_blocks: int) -> None:
+        """Give back all blocks but the first `num_blocks`."""
+        for block in reversed(self.blocks[num_blocks:]):
+            self.pool.release(block)
+        del self.blocks[num_blocks:]
+
     def fork(self) -> BlockTable:
         """A second table over the same blocks; whoever writes first copies (`make_writable`)."""
         other = BlockTable(self.pool)

@@ -42,6 +42,7 @@ class KVCache:
         self.keys: list[Tensor] = [layer[0] for layer in self._data]
         self.values: list[Tensor] = [layer[1] for layer in self._data]
         self.rows: list[Tensor] = [layer.view(2 * num_blocks * block_size, -1) for layer in self._data]
+        self.num_slots = num_blocks * block_size
         self.quantized = dtype == torch.int8
         self._scales = torch.empty(shape[:4] if self.quantized else 0, device=device)
         self.key_scales: list[Tensor] = [layer[0] for layer in self._scales]
@@ -63,6 +64,46 @@ class KVCache:
         self._data[:, :, to] = self._data[:, :, of]
         if self.quantized:
             self._scales[:, :, to] = self._scales[:, :, of]
+
+    # -- cells: one token's keys or values of one head, wherever they lie -------------------------------------
+
+    def cells(self, layer: int, slots: Tensor) -> Tensor:
+        """The cells that hold the keys of slots `[n]` in one layer, int64 `[Hk, n]`.
+
+        A cell is a row of the whole cache seen as `[L * 2 * num_slots * Hk, D]`. Its values lie
+        `num_slots * Hk` cells further on.
+        """
+        heads = self.keys[0].shape[1]
+        first = torch.arange(heads, device=slots.device)[:, None] + 2 * layer * self.num_slots * heads
+        return torch.add(first, slots, alpha=heads)
+
+    def read_cells(self, cells: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values at cells `[...]`, each `[..., D]`."""
+        return self._read(cells, dtype), self._read(cells + self._behind, dtype)
+
+    def _read(self, cells: Tensor, dtype: torch.dtype) -> Tensor:
+        rows = self._data.view(-1, self._data.shape[-1])[cells].to(dtype)
+        return rows * self._scales.view(-1)[cells][..., None].to(dtype) if self.quantized else rows
+
+    def copy_cells(self, source: Tensor, target: Tensor) -> None:
+        """Copy keys and values between cells `[n]`; all are read before any is written."""
+        for flat in (self._data.view(-1, self._data.shape[-1]), self._scales.view(-1)):
+            if flat.numel():
+                keys, values = flat[source], flat[source + self._behind]
+                flat[target] = keys
+                flat[target + self._behind] = values
+
+    def write_values(self, cells: Tensor, values: Tensor) -> None:
+        """Store values `[n, D]` at cells `[n]`, whose keys stay."""
+        at = cells + self._behind
+        if self.quantized:
+            values, scales = quantize_heads(values)
+            self._scales.view(-1)[at] = scales
+        self._data.view(-1, self._data.shape[-1])[at] = values.to(self._data.dtype)
+
+    @property
+    def _behind(self) -> int:
+        return self.num_slots * self._data.shape[3]
 
     @property
     def num_bytes(self) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenloom.batch import Batch, BatchBuilder, SegmentKind
-from tokenloom.cache.block_pool import BlockPool
+from tokenloom.cache.block_pool import BlockPool, OutOfBlocks
 from tokenloom.cache.kv_cache import KVCache, bytes_per_token, default_pool_bytes
 from tokenloom.config import Settings
 from tokenloom.engine.adapters import AdapterRegistry
@@ -140,6 +140,11 @@ class Engine:
             bad = next((t for t in ids if not 0 <= t < vocab), None)
             if bad is not None:
                 raise RequestError(f"{name} has token id {bad}; ids are from 0 to {vocab - 1}", param=name)
+        if request.kv is not None:
+            if any(layer.window is not None for layer in self.decoder.layers):
+                raise RequestError("kv: this model's layers read a sliding window already", param="kv")
+            scheduler = self.settings.scheduler
+            request.kv.check(scheduler.max_batch_tokens, scheduler.max_running, self.kv.quantized)
         if params.n > self.settings.scheduler.max_running:
             raise RequestError(
                 f"n is {params.n}; this server runs at most {self.settings.scheduler.max_running} sequences",
@@ -156,6 +161,7 @@ class Engine:
         if request.request_id in self.requests:
             raise RequestError(f"request id {request.request_id!r} is in use", param="request_id")
         leader = Sequence(request, 0, self.pool, self._detokenizer(request))
+        leader.govern(self.kv, self.decoder.kernels, self.config)
         request.sequences = [leader]
         self.requests[request.request_id] = request
         self.scheduler.add(leader)
@@ -229,11 +235,17 @@ class Engine:
                 SegmentKind.DECODE if sequence.num_output and rows == 1 else SegmentKind.PREFILL,
                 sequence.tokens[start : start + rows],
                 sequence.table.blocks,
-                kv_start=start,
+                kv_start=sequence.kv_start,
                 block_size=self.pool.block_size,
                 contiguous=sequence.table.contiguous,
                 logits="last" if samples else "none",
+                position=start,
             )
+            policy, cached = sequence.policy, sequence.cached
+            if policy is not None and cached is not None:
+                cached.start, cached.length = start, sequence.kv_start + rows
+                if policy.attends(start, start + rows) or cached.ragged is not None:
+                    builder.governed(policy, cached)
             if sequence.request.adapter is not None:
                 builder.through(sequence.request.adapter.adapter.layers, first)
         if train_rows:
@@ -250,6 +262,8 @@ class Engine:
             sequence.num_computed += rows
             if self.scheduler.prefix_caching:
                 sequence.publish_blocks(before)
+            if sequence.policy is not None:
+                self._drop_tokens(sequence)
             request = sequence.request
             if before < len(request.prompt) and request.reads_prompt_rows:
                 start = segment.span.start
@@ -257,6 +271,17 @@ class Engine:
             if sequence.num_pending == 0:
                 ready.append(sequence)
         return ready
+
+    def _drop_tokens(self, sequence: Sequence) -> None:
+        """Let a sequence's policy free what it will not read again."""
+        policy, cached = sequence.policy, sequence.cached
+        assert policy is not None and cached is not None
+        while True:
+            try:
+                return policy.drop(cached)
+            except OutOfBlocks:
+                if not self.scheduler.reclaim():
+                    return  # the next iteration asks again
 
     def _read_prompt_rows(self, request: Request, hidden: Tensor, position: int) -> None:
         """Collect what a request wants of its prompt's rows: hidden `[n, d]`, the first at `position`."""

@@ -11,9 +11,14 @@ import torch
 
 from tokenloom.cache.block_pool import BlockPool
 from tokenloom.cache.block_table import BlockTable, block_digest, root_digest
+from tokenloom.cache.cached_tokens import CachedTokens
+from tokenloom.cache.kv_cache import KVCache
+from tokenloom.cache.policy import KVMethod, KVPolicy, SequenceShape
 from tokenloom.engine.adapters import LoadedAdapter
 from tokenloom.engine.outputs import FinishReason, TokenLogprob
 from tokenloom.engine.sampling_params import SamplingParams
+from tokenloom.kernels import Kernels
+from tokenloom.models.config import ModelConfig
 from tokenloom.text.detokenizer import Detokenizer
 
 
@@ -28,6 +33,7 @@ class Request:
     priority: int = 0
     cache_salt: str | None = None
     adapter: LoadedAdapter | None = None
+    kv: KVMethod | None = None
     arrival_s: float = field(default_factory=time.monotonic)
 
     sequences: list[Sequence] = field(default_factory=list)
@@ -70,7 +76,11 @@ class Sequence:
         self.digests: list[bytes] = []
         adapter = request.adapter
         name, version = (adapter.name, adapter.version) if adapter is not None else ("", 0)
-        self.root = root_digest(name, version, request.cache_salt)
+        namespace = request.kv.namespace if request.kv is not None else None
+        self.root = root_digest(name, version, request.cache_salt, namespace)
+        self.shape: SequenceShape | None = None
+        self.policy: KVPolicy | None = None
+        self.cached: CachedTokens | None = None
         self.text = StopText(request.params, detokenizer)
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
@@ -83,6 +93,11 @@ class Sequence:
     @property
     def num_pending(self) -> int:
         return len(self.tokens) - self.num_computed
+
+    @property
+    def kv_start(self) -> int:
+        """Index in the table of the next token to compute: its position, less what was dropped."""
+        return self.num_computed - (self.cached.dropped if self.cached is not None else 0)
 
     @property
     def output(self) -> list[int]:
@@ -99,20 +114,52 @@ class Sequence:
 
     def match_prefix(self) -> int:
         """Adopt cached blocks from the front, leaving at least one token to compute; tokens adopted."""
-        pool = self.table.pool
-        for i in range((len(self.tokens) - 1) // pool.block_size):
+        pool, most = self.table.pool, len(self.tokens) - 1
+        if self.policy is not None:
+            most = min(most, len(self.request.prompt) - self.policy.last_rows)
+        for i in range(most // pool.block_size):
             block = pool.lookup(self.digest(i))
             if block is None:
                 break
             self.table.adopt(block)
+        if self.policy is not None:
+            shared = self.policy.shared_tokens(len(self.table.blocks) * pool.block_size)
+            self.table.cut(shared // pool.block_size)
         self.num_computed = len(self.table.blocks) * pool.block_size
         return self.num_computed
 
     def publish_blocks(self, computed_before: int) -> None:
         """Index the blocks that became full since `computed_before` tokens were computed."""
-        size = self.table.pool.block_size
-        for i in range(computed_before // size, self.num_computed // size):
+        size, end = self.table.pool.block_size, self.num_computed
+        if self.policy is not None:
+            end = min(end, self.policy.shared_tokens(len(self.request.prompt)))
+        for i in range(computed_before // size, end // size):
             self.table.pool.publish(self.table.blocks[i], self.digest(i))
+
+    def govern(self, kv: KVCache, kernels: Kernels, config: ModelConfig) -> None:
+        """Put the sequence under its request's KV method, before its first row."""
+        method, request = self.request.kv, self.request
+        if method is None:
+            return
+        most = request.params.max_tokens
+        self.shape = SequenceShape(
+            len(request.prompt),
+            config.max_position - len(request.prompt) if most is None else most,
+            config.num_layers,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+        )
+        self.policy = method.policy(self.shape)
+        self.cached = CachedTokens(kv, self.table, kernels)
+
+    def forget_kv(self) -> None:
+        """Give all blocks back; every token waits to be computed again."""
+        if self.cached is not None and self.request.kv is not None and self.shape is not None:
+            self.cached.clear()
+            self.policy = self.request.kv.policy(self.shape)
+        self.table.clear()
+        self.num_computed = 0
 
     def fork(self, index: int, detokenizer: Detokenizer) -> Sequence:
         """A sibling that shares the KV of everything computed so far."""
@@ -120,6 +167,9 @@ class Sequence:
         other.table = self.table.fork()
         other.num_computed = self.num_computed
         other.digests = list(self.digests)
+        if self.policy is not None and self.cached is not None:
+            other.shape, other.policy = self.shape, self.policy.fork()
+            other.cached = self.cached.fork(other.table)
         return other
 
 

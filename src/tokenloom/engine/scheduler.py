@@ -64,7 +64,7 @@ class Scheduler:
             self.running.remove(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
-        sequence.table.clear()
+        sequence.forget_kv()
 
     def schedule(self) -> Plan:
         plan = Plan()
@@ -78,7 +78,10 @@ class Scheduler:
         return plan
 
     def _give_rows(self, plan: Plan, sequence: Sequence) -> None:
-        rows = min(sequence.num_pending, self.settings.max_batch_tokens - plan.num_rows)
+        most, wanted = self.settings.max_batch_tokens - plan.num_rows, sequence.num_pending
+        rows = min(wanted, most)
+        if sequence.policy is not None:
+            rows = sequence.policy.rows(sequence.num_computed, wanted, most)
         if rows == 0:
             return
         while True:
@@ -97,7 +100,7 @@ class Scheduler:
                 return
 
     def _claim_blocks(self, plan: Plan, sequence: Sequence, rows: int) -> None:
-        table, start = sequence.table, sequence.num_computed
+        table, start = sequence.table, sequence.kv_start
         room = -(-(len(sequence.tokens) + (sequence.request.params.max_tokens or 0)) // self.pool.block_size)
         table.grow(start + rows, room)
         if start % self.pool.block_size:  # the first row goes into a block that others may share
@@ -108,8 +111,7 @@ class Scheduler:
     def _preempt(self, plan: Plan, victim: Sequence) -> None:
         plan.num_rows -= plan.rows.pop(victim, 0)
         self.running.remove(victim)
-        victim.table.clear()
-        victim.num_computed = 0
+        victim.forget_kv()
         self.num_preemptions += 1
         self.add(victim)
 
@@ -127,8 +129,7 @@ class Scheduler:
             while sequence.table.missing(len(sequence.tokens)) > self.pool.num_available and self.reclaim():
                 continue
             if sequence.table.missing(len(sequence.tokens)) > self.pool.num_available:
-                sequence.table.clear()
-                sequence.num_computed = 0
+                sequence.forget_kv()
                 return  # first come, first served: nobody overtakes
             self.waiting.pop(0)
             self._count_admission(request, hits)

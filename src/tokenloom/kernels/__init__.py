@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from tokenloom.kernels.interface import (
+    Attend,
     FusedLayers,
     Kernels,
     KVSpan,
@@ -18,6 +19,7 @@ from tokenloom.kernels.reference import ReferenceKernels
 from tokenloom.kernels.torch_ops import TorchKernels
 
 __all__ = [
+    "Attend",
     "FORMATS",
     "FusedLayers",
     "KVSpan",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tokenloom.cache.kv_cache import KVCache
-from tokenloom.kernels.interface import KVSpan, LayerWeights, ModelShape, Weight
+from tokenloom.kernels.interface import Attend, KVSpan, LayerWeights, ModelShape, Weight
 from tokenloom.kernels.native import native
 from tokenloom.kernels.packed import PackedWeight
 from tokenloom.kernels.torch_ops import TorchKernels
@@ -81,6 +81,16 @@ class CpuKernels(TorchKernels):
         if q.dtype != torch.float32 or not _attends(heads, kv.keys[0].shape[1], head_dim):
             return super().attention(q, kv, layer, spans, window)
         return self._attention(q, kv, layer, spans, window, None)
+
+    def attention_at(self, q: Tensor, kv: KVCache, cells: Sequence[Tensor]) -> Tensor:
+        heads, head_dim = q.shape[1:]
+        if q.dtype != torch.float32 or not _attends(heads, len(cells), head_dim):
+            return super().attention_at(q, kv, cells)
+        out = torch.empty(q.shape)
+        ends = torch.tensor([len(at) for at in cells]).cumsum(0)
+        flat = cells.flatten() if isinstance(cells, Tensor) else torch.cat(tuple(cells))
+        native.attention_at(q, native_cache(kv), flat, ends, out, torch.get_num_threads())
+        return out
 
     def attention_for_backward(
         self, q: Tensor, kv: KVCache, layer: int, spans: list[KVSpan], window: int | None = None
@@ -183,6 +193,8 @@ class FusedLayers:
 
     def __init__(self, shape: ModelShape, layers: Sequence[LayerWeights]) -> None:
         self.num_layers = len(layers)
+        self.num_heads, self.num_kv_heads = shape.num_heads, shape.num_kv_heads
+        self.head_dim = shape.head_dim
         self._native = native.Layers(
             shape.hidden_size,
             shape.intermediate_size,
@@ -210,7 +222,9 @@ class FusedLayers:
                 layer.window or 0,
             )
 
-    def __call__(self, batch: Batch, kv: KVCache, x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    def __call__(
+        self, batch: Batch, kv: KVCache, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend | None
+    ) -> bool:
         bypasses = []
         for part in batch.bypasses:
             loras = None if part.keep is not None else _native_loras(part.layers)
@@ -224,21 +238,36 @@ class FusedLayers:
                 return False
             taps += [(PLACES.index(site), tap.rows.start, where) for site, where in units.items()]
         table, blocks = span_table(batch.spans)
-        self._native.forward(
-            x,
-            0,
-            self.num_layers,
-            native_cache(kv),
-            cos,
-            sin,
-            batch.slots,
-            table,
-            blocks,
-            kv.block_size,
-            bypasses,
-            taps,
-            torch.get_num_threads(),
-        )
+
+        def run(begin: int, end: int, qkv: Tensor | None = None, attended: Tensor | None = None) -> None:
+            """Halves of layers; see `run_layers` in csrc/layers.h."""
+            self._native.forward(
+                x,
+                begin,
+                end,
+                native_cache(kv),
+                cos,
+                sin,
+                batch.slots,
+                table,
+                blocks,
+                kv.block_size,
+                bypasses,
+                taps,
+                qkv,
+                attended,
+                torch.get_num_threads(),
+            )
+
+        halves = 2 * self.num_layers
+        if attend is None:
+            run(0, halves)
+            return True
+        qkv = torch.empty(len(x), (self.num_heads + 2 * self.num_kv_heads) * self.head_dim)
+        q = qkv[:, : self.num_heads * self.head_dim].unflatten(1, (self.num_heads, self.head_dim))
+        run(0, 1, qkv)
+        for i in range(self.num_layers):
+            run(2 * i + 1, min(2 * i + 3, halves), qkv, attend(i, q).flatten(1))
         return True
 
 

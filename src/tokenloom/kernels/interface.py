@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -113,11 +113,18 @@ class KVSpan:
         return k * k_scale[..., None], v * v_scale[..., None]
 
 
+Attend = Callable[[int, Tensor], Tensor]
+"""(layer, q `[T, Hq, D]`) -> `[T, Hq, D]`: what to do for attention once a layer's keys and values are stored."""
+
+
 class FusedLayers(Protocol):
     """All layers of a decoder, in one call."""
 
-    def __call__(self, batch: Batch, kv: KVCache, x: Tensor, cos: Tensor, sin: Tensor) -> bool:
-        """Run a batch: x `[T, hidden_size]` in place; cos, sin `[T, D / 2]`.
+    def __call__(
+        self, batch: Batch, kv: KVCache, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend | None
+    ) -> bool:
+        """Run a batch: x `[T, hidden_size]` in place; cos, sin `[T, D / 2]`; attend instead of the plain
+        attention of `batch.spans`, then in a call per layer.
 
         False, with nothing done, where the batch has bypasses or taps that only the operators know.
         """
@@ -159,6 +166,19 @@ class Kernels(Protocol):
 
         q: `[T, Hq, D]`; window: a row reads at most its last `window` tokens, itself included. Returns
         `[T, Hq, D]`.
+        """
+
+    def attention_at(self, q: Tensor, kv: KVCache, cells: Sequence[Tensor]) -> Tensor:
+        """Attention of rows that read chosen tokens, of one sequence in one layer.
+
+        Args:
+            q: `[n, Hq, D]`.
+            cells: for each kv head, or for each query head, where the keys lie that it reads, int64 `[m]` each
+                (see `KVCache.cells`); they may differ in length. The last n of them are the rows' own: row i
+                reads the first m - n + i + 1.
+
+        Returns:
+            `[n, Hq, D]`.
         """
 
     def attention_for_backward(

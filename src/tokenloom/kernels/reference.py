@@ -83,6 +83,19 @@ class ReferenceKernels:
                 out[span.start + i] = torch.matmul(weights, v).reshape(num_heads, head_dim)
         return out
 
+    def attention_at(self, q: Tensor, kv: KVCache, cells: Sequence[Tensor]) -> Tensor:
+        n, num_heads, head_dim = q.shape
+        out = torch.empty_like(q).view(n, len(cells), -1, head_dim)
+        for j, at in enumerate(cells):
+            keys, values = kv.read_cells(at, q.dtype)  # [m, D]
+            for i in range(n):
+                end = len(at) - n + i + 1
+                query = q.view(out.shape)[i, j]
+                scores = torch.matmul(query, keys[:end].t().contiguous()) / math.sqrt(head_dim)
+                weights = torch.softmax(scores, dim=-1, dtype=_wide(q.dtype)).to(q.dtype)
+                out[i, j] = torch.matmul(weights, values[:end].contiguous())
+        return out.view(n, num_heads, head_dim)
+
     def attention_for_backward(
         self, q: Tensor, kv: KVCache, layer: int, spans: list[KVSpan], window: int | None = None
     ) -> tuple[Tensor, None]:

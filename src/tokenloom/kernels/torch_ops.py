@@ -109,6 +109,15 @@ class TorchKernels:
             out[rows] = attended.transpose(0, 1)
         return out
 
+    def attention_at(self, q: Tensor, kv: KVCache, cells: Sequence[Tensor]) -> Tensor:
+        n, num_heads, head_dim = q.shape
+        queries = q.view(n, len(cells), -1, head_dim)
+        out = torch.empty_like(queries, memory_format=torch.contiguous_format)
+        for i, at in enumerate(cells):
+            k, v = (part[None] for part in kv.read_cells(at, q.dtype))
+            out[:, i] = _tiled(queries[:, i], k, v, None)
+        return out.view(n, num_heads, head_dim)
+
     def attention_for_backward(
         self, q: Tensor, kv: KVCache, layer: int, spans: list[KVSpan], window: int | None = None
     ) -> tuple[Tensor, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -49,7 +51,8 @@ class Decoder:
         """
         cos, sin = self.rope.cos_sin(batch.positions)
         x = self._embed(batch.tokens)
-        if self.fused is None or not self.fused(batch, kv, x, cos, sin):
+        attend = partial(self._attend, batch, kv) if batch.policies else None
+        if self.fused is None or not self.fused(batch, kv, x, cos, sin, attend):
             x = self._layers(batch, kv, x, cos, sin)
         self._tap(batch, len(self.layers), "input", x)
         return self.kernels.rms_norm(x, self.norm, self.config.rms_norm_eps)
@@ -76,7 +79,7 @@ class Decoder:
             qk = kernels.rope(qk, rotation)
             kv.write(i, batch.slots, qk[:, heads:], v)
             self._tap(batch, i, "query", qk[:, :heads])
-            attended = kernels.attention(qk[:, :heads], kv, i, batch.spans, layer.window)
+            attended = self._attend(batch, kv, i, qk[:, :heads])
             x = x + self._project(batch, i, "o", layer.o, attended.flatten(1))
             self._tap(batch, i, "residual", x)
             normed = kernels.rms_norm(x, layer.post_norm, eps)
@@ -84,6 +87,26 @@ class Decoder:
             self._tap(batch, i, "gate_up", gate_up)
             x = x + self._project(batch, i, "down", layer.down, kernels.silu_mul(gate_up))
         return x
+
+    def _attend(self, batch: Batch, kv: KVCache, index: int, q: Tensor) -> Tensor:
+        """Attention of a layer, q `[T, Hq, D]`: policies' rows first, then all that they leave."""
+        window = self.layers[index].window
+        if not batch.policies:
+            return self.kernels.attention(q, kv, index, batch.spans, window)
+        spans, chosen = list(batch.plain_spans), []
+        for part in batch.policies:
+            rows = q[part.rows]
+            attended = part.policy.attend(index, rows, part.cached)
+            if attended is None and part.cached.ragged is not None:
+                attended = part.cached.attend(index, rows)
+            if attended is None:
+                spans.append(part.segment.span)
+            else:
+                chosen.append((part.rows, attended))
+        out = self.kernels.attention(q, kv, index, spans, window)
+        for where, attended in chosen:
+            out[where] = attended
+        return out
 
     def _project(self, batch: Batch, index: int, site: str, linear: Linear, x: Tensor) -> Tensor:
         """One frozen projection, and what adapters add to it."""

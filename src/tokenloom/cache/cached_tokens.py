@@ -1,0 +1,241 @@
+"""The cached keys and values of one sequence, as its policy reads, moves and frees them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tokenloom.cache.block_pool import OutOfBlocks
+from tokenloom.cache.block_table import BlockTable
+from tokenloom.cache.kv_cache import KVCache
+
+if TYPE_CHECKING:
+    from tokenloom.kernels import Kernels
+
+
+@dataclass(slots=True)
+class Ragged:
+    """Tokens whose number differs by layer and head, packed into blocks of their own."""
+
+    blocks: list[int]
+    cells: list[list[Tensor]]
+    """By layer and kv head: the cells of its keys, in the order of their positions."""
+
+
+class CachedTokens:
+    """Tokens `0 .. length` of one sequence's cache; `length` counts the rows of the running iteration.
+
+    After `keep`, index i of a layer and head holds the token that this head kept there: another in every head.
+    Keys were rotated at their own positions, so attention need not know which. After `keep_ragged` the tokens
+    kept lie in `ragged`, and those that follow are counted from 0 again.
+    """
+
+    def __init__(self, kv: KVCache, table: BlockTable, kernels: Kernels) -> None:
+        self.kv = kv
+        self.table = table
+        self.kernels = kernels
+        self.length = 0
+        self.dropped = 0
+        """Positions less indices: how many tokens are not in the table any more."""
+        self.start = 0
+        """Position of the running iteration's first row."""
+        self.ragged: Ragged | None = None
+        self.tokens_read = 0
+        """Keys and values that attention has read, one for each token, layer and head, where a policy chose."""
+        self._slots: tuple[list[int], Tensor] = ([], torch.empty(0, dtype=torch.int64))
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.kv.keys)
+
+    @property
+    def num_kv_heads(self) -> int:
+        return int(self.kv.keys[0].shape[1])
+
+    @property
+    def computed(self) -> int:
+        """Position behind the running iteration's last row."""
+        return self.dropped + self.length
+
+    # -- reading ------------------------------------------------------------------------------------------
+
+    def slots(self) -> Tensor:
+        """Where tokens `0 .. length` lie, int64 `[length]`."""
+        blocks, known = self._slots
+        if blocks != self.table.blocks:
+            blocks = list(self.table.blocks)
+            known = _slots_of(blocks, self.kv)
+            self._slots = (blocks, known)
+        return known[: self.length]
+
+    def keys(self, layer: int, begin: int = 0) -> Tensor:
+        """Keys of tokens `begin .. length`, `[length - begin, Hk, D]`: a view where the table is contiguous."""
+        return self._values_of(self.kv.keys[layer], self._scales(self.kv.key_scales, layer), begin)
+
+    def values(self, layer: int, begin: int = 0) -> Tensor:
+        """Values of tokens `begin .. length`, like `keys`."""
+        return self._values_of(self.kv.values[layer], self._scales(self.kv.value_scales, layer), begin)
+
+    def _scales(self, scales: list[Tensor], layer: int) -> Tensor | None:
+        return scales[layer] if self.kv.quantized else None
+
+    def _values_of(self, cache: Tensor, scales: Tensor | None, begin: int) -> Tensor:
+        if self.table.contiguous and self.table.blocks:
+            first = self.table.blocks[0] * self.kv.block_size
+            where: slice | Tensor = slice(first + begin, first + self.length)
+        else:
+            where = self.slots()[begin:]
+        return cache[where] if scales is None else cache[where] * scales[where][..., None]
+
+    def cells(self, layer: int, index: Tensor | None = None) -> Tensor:
+        """Cells of the tokens at `index` (`[n]`, or `[Hk, n]` or `[Hq, n]` by head; None: all), `[heads, n]`."""
+        slots = self.slots()
+        if index is None or index.dim() == 1:
+            return self.kv.cells(layer, slots if index is None else slots[index])
+        heads, kv_heads = len(index), self.num_kv_heads
+        first = self.kv.cells(layer, slots.new_zeros(1)).repeat_interleave(heads // kv_heads, 0)
+        return torch.add(first, slots[index], alpha=kv_heads)
+
+    def attend(self, layer: int, q: Tensor, index: Tensor | None = None) -> Tensor:
+        """Attention of rows q `[n, Hq, D]` over the tokens at `index` alone, `[n, Hq, D]`.
+
+        Args:
+            index: ascending, `[m]` for all heads, or `[Hk, m]`, or `[Hq, m]`; it ends with the rows' own
+                tokens `length - n .. length`, which are read causally. None: everything.
+        """
+        cells: Sequence[Tensor] = self.cells(layer, index)
+        if self.ragged is not None:
+            cells = [torch.cat(pair) for pair in zip(self.ragged.cells[layer], cells, strict=True)]
+        self.tokens_read += sum(len(at) for at in cells)
+        return self.kernels.attention_at(q, self.kv, cells)
+
+    # -- keeping ------------------------------------------------------------------------------------------
+
+    def keep(self, index: Sequence[Tensor]) -> None:
+        """Keep these tokens alone and give the other blocks back.
+
+        Args:
+            index: for each layer `[Hk, n]`, ascending; n is the same in all of them.
+
+        Raises:
+            OutOfBlocks: the blocks are shared, and there are none to copy to; nothing has changed.
+        """
+        n = int(index[0].shape[1])
+        source = [self.cells(layer, at).flatten() for layer, at in enumerate(index)]
+        kept = BlockTable(self.table.pool)
+        own = self._claim(kept, n)
+        slots = _slots_of(kept.blocks, self.kv)[:n]
+        for layer, cells in enumerate(source):
+            self.kv.copy_cells(cells, self.kv.cells(layer, slots).flatten())
+        self._replace_table(kept, own)
+        self.dropped += self.length - n
+        self.length = n
+
+    def _claim(self, kept: BlockTable, n: int) -> bool:
+        """Blocks for n tokens: fresh ones, or, where the pool has none, the sequence's own first ones (True)."""
+        needed = -(-n // self.kv.block_size)
+        try:
+            kept.grow(n)
+            return False
+        except OutOfBlocks:
+            kept.clear()
+            pool, blocks = self.table.pool, self.table.blocks[:needed]
+            if any(pool.refs(block) > 1 for block in blocks):
+                raise
+            for block in blocks:
+                pool.unpublish(block)
+                kept.adopt(block)
+            return True
+
+    def _replace_table(self, kept: BlockTable, own: bool) -> None:
+        """Give back what the table holds and `kept` does not, and let the table hold what `kept` does."""
+        if own:
+            del self.table.blocks[: len(kept.blocks)]
+        self.table.clear()
+        self.table.blocks, self.table.contiguous = kept.blocks, kept.contiguous
+
+    def keep_ragged(self, index: Sequence[Sequence[Tensor]]) -> None:
+        """Keep these tokens alone: for each layer and kv head `[n]`, ascending, with an n of its own.
+
+        Raises:
+            OutOfBlocks: there are not enough blocks to copy to; nothing has changed.
+        """
+        if self.ragged is not None:
+            raise RuntimeError("tokens were dropped by layer and head before")
+        counts = [[len(at) for at in heads] for heads in index]
+        packed = BlockTable(self.table.pool)
+        per_block = self.kv.block_size * self.num_kv_heads * self.num_layers
+        try:
+            packed.grow(-(-sum(map(sum, counts)) // per_block) * self.kv.block_size)
+        except OutOfBlocks:
+            packed.clear()
+            raise
+        # Where block b's cells lie: in each layer a run of block_size * Hk.
+        slots = _slots_of(packed.blocks, self.kv)
+        runs = [self.kv.cells(layer, slots) for layer in range(self.num_layers)]
+        free = torch.stack([r.view(self.num_kv_heads, -1, self.kv.block_size) for r in runs])
+        free = free.permute(2, 0, 3, 1).flatten()  # by block, layer, slot, head: as memory goes
+        cells: list[list[Tensor]] = []
+        used = 0
+        for layer, heads in enumerate(index):
+            source = self.cells(layer)
+            cells.append([])
+            for head, at in enumerate(heads):
+                target = free[used : used + len(at)]
+                self.kv.copy_cells(source[head, at], target)
+                cells[-1].append(target)
+                used += len(at)
+        self.ragged = Ragged(packed.blocks, cells)
+        self.dropped += self.length
+        self.length = 0
+        self.table.clear()
+
+    def overwrite(self, index: Tensor) -> None:
+        """Let the last token take the place of another, which is dropped: index `[L, Hk]`, by layer and head.
+
+        Raises:
+            OutOfBlocks: the blocks are shared, and there are none to copy to.
+        """
+        for i in range(len(self.table.blocks)):
+            copied = self.table.make_writable(i)
+            if copied is not None:
+                self.kv.copy_block(*copied)
+        last = self.length - 1
+        target = torch.cat([self.cells(layer, at[:, None]) for layer, at in enumerate(index)])
+        source = torch.cat([self.kv.cells(layer, self.slots()[last:]) for layer in range(self.num_layers)])
+        self.kv.copy_cells(source.flatten(), target.flatten())
+        self.dropped += 1
+        self.length = last
+
+    def set_values(self, layer: int, head: int, values: Tensor) -> None:
+        """Let the first kept tokens of a layer and kv head have other values, `[n, D]`."""
+        cells = self.cells(layer)[head] if self.ragged is None else self.ragged.cells[layer][head]
+        self.kv.write_values(cells[: len(values)], values)
+
+    def clear(self) -> None:
+        """Give everything back."""
+        if self.ragged is not None:
+            for block in self.ragged.blocks:
+                self.table.pool.release(block)
+        self.ragged = None
+        self.table.clear()
+        self.length = self.dropped = 0
+
+    def fork(self, table: BlockTable) -> CachedTokens:
+        """The same tokens for a sibling, whose table shares this one's blocks."""
+        other = CachedTokens(self.kv, table, self.kernels)
+        other.length, other.dropped = self.length, self.dropped
+        if self.ragged is not None:
+            for block in self.ragged.blocks:
+                table.pool.share(block)
+            other.ragged = Ragged(list(self.ragged.blocks), self.ragged.cells)
+        return other
+
+
+def _slots_of(blocks: list[int], kv: KVCache) -> Tensor:
+    first = torch.tensor(blocks, dtype=torch.int64, device=kv.keys[0].device) * kv.block_size
+    return (first[:, None] + torch.arange(kv.block_size, device=first.device)).flatten()

@@ -1,0 +1,89 @@
+"""What a sequence keeps and reads of its keys and values: the hook of KV methods."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from tokenloom.cache.cached_tokens import CachedTokens
+
+
+class KVPolicy:
+    """One sequence's policy; this base reads everything and keeps everything.
+
+    A token's *position* is its place in the text, its *index* its place in the cache; they differ once tokens
+    have been dropped. A policy lives as long as its sequence's keys and values: after a preemption a new one
+    starts with the first row.
+    """
+
+    last_rows = 1
+    """So many rows of the prompt, the last ones, must be computed even where the prefix cache has them."""
+
+    def rows(self, start: int, wanted: int, most: int) -> int:
+        """How many of the `wanted` rows from position `start` the next iteration computes, at most `most`."""
+        return min(wanted, most)
+
+    def attends(self, start: int, stop: int) -> bool:
+        """Whether `attend` must be called for the rows at positions `start .. stop`."""
+        return False
+
+    def attend(self, layer: int, q: Tensor, cached: CachedTokens) -> Tensor | None:
+        """Attention of this sequence's rows, once their keys and values are stored.
+
+        Args:
+            q: `[n, Hq, D]`, after RoPE; the rows are the last n tokens of `cached`.
+
+        Returns:
+            `[n, Hq, D]`; None: they read everything before them.
+        """
+        return None
+
+    def drop(self, cached: CachedTokens) -> None:
+        """Free what need not be kept, after an iteration that computed rows of this sequence.
+
+        Where the pool has no block for it, OutOfBlocks passes through here, and the next iteration asks again.
+        """
+
+    def shared_tokens(self, prompt_tokens: int) -> int:
+        """How many tokens from the start have the keys and values that any request in the same namespace
+        (`KVMethod.namespace`) would have computed, so that their blocks may be shared."""
+        return prompt_tokens
+
+    def fork(self) -> KVPolicy:
+        """Another one in the same state, for a sequence that goes on from here on its own."""
+        return copy.deepcopy(self)
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceShape:
+    """What a policy may know before its sequence begins."""
+
+    prompt_tokens: int
+    max_tokens: int
+    """Most tokens that follow the prompt."""
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+class KVMethod(Protocol):
+    """What a spec such as `snapkv(budget=1024)+pyramid` asks for, with its knobs."""
+
+    @property
+    def spec(self) -> str:
+        """The spec in full, every knob included."""
+
+    @property
+    def namespace(self) -> str | None:
+        """What keeps prompt blocks apart from those computed without it; None: they are the same."""
+
+    def check(self, max_batch_tokens: int, max_running: int, quantized: bool) -> None:
+        """Raise RequestError (param "kv") where an engine with these settings cannot run it."""
+
+    def policy(self, shape: SequenceShape) -> KVPolicy:
+        """For one sequence, before its first row."""

@@ -1,0 +1,107 @@
+"""What a spec for the KV cache is put together from. A method is a dataclass that is one of these parts."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from torch import Tensor
+
+from tokenloom.cache.policy import KVPolicy, SequenceShape
+
+
+class Part(ABC):
+    """A method's knobs; at most one part of each role goes into a spec."""
+
+    role: ClassVar[str]
+
+    def check(self, max_batch_tokens: int, max_running: int, quantized: bool) -> None:
+        """Raise ValueError where an engine with these settings cannot run it."""
+        return
+
+    @property
+    def changes_prompt(self) -> bool:
+        """Whether keys and values of the prompt come out different from those of plain attention."""
+        return False
+
+
+class Scorer(Part):
+    """Says once, when the prompt has been computed, which of its tokens are worth keeping."""
+
+    role = "scorer"
+    budget: int | float
+    """Tokens kept of the prompt by each kv head, or the part of them."""
+    window: int
+    """The last tokens of the prompt: always kept, and their queries are at hand when scores are computed."""
+    sinks: int = 0
+    """The first tokens, which are always kept."""
+    reads_queries = True
+    """Whether `score` looks at queries: if not, prefill runs as if there were no policy."""
+
+    @abstractmethod
+    def score(self, keys: Tensor, values: Tensor, queries: Tensor) -> Tensor:
+        """How much each token is worth to each kv head; larger is kept. Called for one layer at a time.
+
+        Args:
+            keys, values: `[n, Hk, D]`, the whole prompt's; keys after RoPE.
+            queries: `[window, Hq, D]`, after RoPE, of the last tokens (`[0, Hq, D]` unless `reads_queries`).
+
+        Returns:
+            `[Hk, n]`; what it says of the first `sinks` and the last `window` tokens does not count.
+        """
+
+
+class LayerBudget(Part):
+    """Spreads the budget over layers."""
+
+    role = "layer budget"
+
+    @abstractmethod
+    def spread(self, budget: int, window: int, prompt_tokens: int, num_layers: int) -> list[int]:
+        """Tokens that each layer keeps; their mean is at most `budget`."""
+
+
+class HeadBudget(Part):
+    """Spreads a layer's budget over its heads."""
+
+    role = "head budget"
+
+    @abstractmethod
+    def choose(self, scores: Tensor, count: int) -> list[Tensor]:
+        """Which tokens each kv head keeps, ascending `[n]` for each: `Hk * count` in all; scores `[Hk, n]`."""
+
+
+class Merger(Part):
+    """Changes the values of what is kept by those of what is dropped."""
+
+    role = "merger"
+
+    @abstractmethod
+    def merge(self, keys: Tensor, values: Tensor, kept: Tensor) -> Tensor:
+        """New values of the kept tokens of one head, `[k, D]`; keys, values `[n, D]`, kept `[k]` ascending."""
+
+
+class Evictor(Part):
+    """Drops tokens all along, by a policy of its own."""
+
+    role = "evictor"
+
+    @abstractmethod
+    def policy(self, shape: SequenceShape) -> KVPolicy:
+        """For one sequence, before its first row."""
+
+
+class Selector(Part):
+    """Reads few of the cached tokens and drops none."""
+
+    role = "selector"
+
+    @abstractmethod
+    def policy(self, shape: SequenceShape) -> KVPolicy:
+        """For one sequence, before its first row."""
+
+
+class Storage(Part):
+    """How keys and values are stored."""
+
+    role = "storage"

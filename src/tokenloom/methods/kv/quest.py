@@ -1,0 +1,102 @@
+"""Quest: pages of keys, bounded by their least and largest numbers, read where the bound promises most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokenloom.cache.cached_tokens import CachedTokens
+from tokenloom.cache.policy import KVPolicy, SequenceShape
+from tokenloom.methods.kv.budget import at_least, check_budget, one_of, tokens_of
+from tokenloom.methods.kv.parts import Selector
+from tokenloom.methods.kv.selection import DecodeSelection
+from tokenloom.methods.registry import method
+
+LEAST_PAGES = 3
+
+
+@method(
+    "quest",
+    hook="kv",
+    title="Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference",
+    arxiv="2406.10774",
+    claim="reads an eighth of the keys to find the pages worth reading; drops nothing",
+)
+@dataclass(frozen=True)
+class Quest(Selector):
+    """Reads the pages in which a query's largest possible score is highest.
+
+    Attributes:
+        budget: tokens read by a row in each layer, or the part of the prompt.
+        page: tokens of a page.
+        dense_layers: the first layers, which read everything.
+        group: kv: the heads of a group read the same pages, chosen by the best of them; q: each its own.
+    """
+
+    budget: int | float = 1024
+    page: int = 16
+    dense_layers: int = 2
+    group: str = "kv"
+
+    def __post_init__(self) -> None:
+        check_budget(self.budget)
+        at_least(1, page=self.page)
+        at_least(0, dense_layers=self.dense_layers)
+        one_of(("kv", "q"), group=self.group)
+
+    def policy(self, shape: SequenceShape) -> KVPolicy:
+        return QuestPolicy(self, shape)
+
+
+class QuestPolicy(DecodeSelection):
+    """Keeps the bounds of each layer's pages, `[Hk, pages, 2 * D]`: the largest numbers, then the least."""
+
+    def __init__(self, knobs: Quest, shape: SequenceShape) -> None:
+        super().__init__(shape)
+        self.knobs = knobs
+        budget = tokens_of(knobs.budget, shape.prompt_tokens)
+        self.pages = max(LEAST_PAGES, -(-budget // knobs.page))
+        self.bounds: dict[int, Tensor] = {}
+        self.dropped = 0
+
+    def attend(self, layer: int, q: Tensor, cached: CachedTokens) -> Tensor | None:
+        page, length = self.knobs.page, cached.length
+        total = -(-length // page)
+        if layer < self.knobs.dense_layers or total <= self.pages:
+            return None
+        bounds = self._bounds(layer, cached)[:, :total]
+        queries = q[0].view(self.shape.num_kv_heads, -1, self.shape.head_dim)
+        # The largest q . k of a page: each dimension's larger product.
+        best = torch.cat((queries.clamp_min(0), queries.clamp_max(0)), -1) @ bounds.transpose(1, 2)
+        best = best.amax(1) if self.knobs.group == "kv" else best.flatten(0, 1)  # [heads, pages]
+        best[:, -1] = torch.inf  # the open page
+        chosen = best.topk(self.pages, sorted=False).indices.sort().values
+        index = (chosen[..., None] * page + torch.arange(page, device=q.device)).flatten(1)
+        return cached.attend(layer, q, index[:, : index.shape[1] - (total * page - length)])
+
+    def _bounds(self, layer: int, cached: CachedTokens) -> Tensor:
+        """The bounds of all pages, up to date with the newest token."""
+        if cached.dropped != self.dropped:  # other tokens lie in the pages now
+            self.bounds.clear()
+            self.dropped = cached.dropped
+        page, total = self.knobs.page, -(-cached.length // self.knobs.page)
+        known, first = self.bounds.get(layer), total - 1
+        if known is None or known.shape[1] < total:
+            # With room for half as many again; the last page may have been open when it was looked at.
+            first = 0 if known is None else known.shape[1] - 1
+            heads, width = self.shape.num_kv_heads, 2 * self.shape.head_dim
+            grown = cached.keys(layer, cached.length).new_zeros(heads, total + total // 2 + 8, width)
+            if known is not None:
+                grown[:, :first] = known[:, :first]
+            known = self.bounds[layer] = grown
+        keys = cached.keys(layer, first * page)
+        whole = len(keys) // page
+        if whole:
+            pages = keys[: whole * page].unflatten(0, (whole, page))
+            known[:, first : first + whole] = torch.cat((pages.amax(1), pages.amin(1)), -1).transpose(0, 1)
+        if whole * page < len(keys):
+            rest = keys[whole * page :]
+            known[:, total - 1] = torch.cat((rest.amax(0), rest.amin(0)), -1)
+        return known

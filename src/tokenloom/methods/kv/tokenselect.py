@@ -1,0 +1,155 @@
+"""TokenSelect: heads vote for the tokens that all of them read, in prefill and while decoding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tokenloom.cache.cached_tokens import CachedTokens
+from tokenloom.cache.policy import KVPolicy, SequenceShape
+from tokenloom.methods.kv.budget import at_least, one_of
+from tokenloom.methods.kv.parts import Selector
+from tokenloom.methods.registry import method
+
+
+@method(
+    "tokenselect",
+    hook="kv",
+    title="TokenSelect: Efficient Long-Context Inference and Length Extrapolation for LLMs via Dynamic "
+    "Token-Level KV Cache Selection",
+    arxiv="2411.02886",
+    claim="long prompts and long contexts at the price of `budget` tokens; drops nothing",
+)
+@dataclass(frozen=True)
+class TokenSelect(Selector):
+    """One set of tokens for a layer's heads: the first, the last, and those with the most votes (Section 4).
+
+    Attributes:
+        budget: tokens that a row reads in each layer, all together.
+        n_init: of which so many are the first; -1: a sixteenth, at most 128 (the paper's).
+        n_local: and so many the last; -1: a quarter, at most 512 (the paper's).
+        chunk: rows of a prompt that choose together, by their mean query; the paper's is 512.
+        theta: decoding, the last choice is used again while the query's cosine to the one that made it is at
+            least this; 1: never.
+        vote: soft: the sum of heads' softmaxes (the paper's). head: of heads' top tokens. topk: of raw scores.
+            random: by lot, for comparison.
+        prefill: whether prompts choose, or decoding alone.
+    """
+
+    budget: int = 2688
+    n_init: int = -1
+    n_local: int = -1
+    chunk: int = 256
+    theta: float = 0.9
+    vote: str = "soft"
+    prefill: bool = True
+
+    def __post_init__(self) -> None:
+        at_least(8, budget=self.budget)
+        at_least(1, chunk=self.chunk)
+        at_least(-1, n_init=self.n_init, n_local=self.n_local)
+        one_of(("soft", "head", "topk", "random"), vote=self.vote)
+        if self.n_init + max(1, self.n_local) >= self.budget:
+            raise ValueError("n_init and n_local leave nothing of the budget to choose")
+
+    def check(self, max_batch_tokens: int, max_running: int, quantized: bool) -> None:
+        if self.prefill and self.chunk + max_running > max_batch_tokens:
+            raise ValueError(
+                f"chunk={self.chunk} rows and {max_running} decodes (scheduler.max_running) do not fit "
+                f"scheduler.max_batch_tokens={max_batch_tokens}"
+            )
+
+    @property
+    def changes_prompt(self) -> bool:
+        return self.prefill
+
+    def policy(self, shape: SequenceShape) -> KVPolicy:
+        return TokenSelectPolicy(self, shape)
+
+
+class TokenSelectPolicy(KVPolicy):
+    """By layer, the last choice while decoding and the query that made it: the paper's Selection Cache."""
+
+    def __init__(self, knobs: TokenSelect, shape: SequenceShape) -> None:
+        self.knobs, self.shape = knobs, shape
+        self.n_init = min(128, knobs.budget // 16) if knobs.n_init < 0 else knobs.n_init
+        self.n_local = min(512, knobs.budget // 4) if knobs.n_local < 0 else max(1, knobs.n_local)
+        self.count = knobs.budget - self.n_init - self.n_local
+        self.made: dict[int, tuple[Tensor, Tensor]] = {}
+        self.dropped = 0
+        self.selections = self.reuses = 0
+
+    def rows(self, start: int, wanted: int, most: int) -> int:
+        prompt, chunk = self.shape.prompt_tokens, self.knobs.chunk
+        if start >= prompt:
+            return min(1, most)
+        wanted = min(wanted, prompt - start)
+        # Whole chunks, so that the choice does not depend on what else is in the batch.
+        return wanted if wanted <= most or not self.knobs.prefill else most // chunk * chunk
+
+    def attends(self, start: int, stop: int) -> bool:
+        return start >= self.shape.prompt_tokens or (self.knobs.prefill and stop > self.knobs.budget)
+
+    def shared_tokens(self, prompt_tokens: int) -> int:
+        return prompt_tokens // self.knobs.chunk * self.knobs.chunk if self.knobs.prefill else prompt_tokens
+
+    def attend(self, layer: int, q: Tensor, cached: CachedTokens) -> Tensor | None:
+        if cached.length <= self.knobs.budget:
+            return None
+        if cached.start >= self.shape.prompt_tokens:
+            local = cached.length - self.n_local
+            chosen = self._reused(layer, q, cached)
+            if chosen is None:
+                chosen = self._choose(q, cached.keys(layer)[self.n_init : local])
+                self.made[layer] = (q.flatten(), chosen)
+                self.selections += 1
+            return cached.attend(layer, q, self._index(chosen, local, cached.length))
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        keys, before = cached.keys(layer), cached.length - len(q)
+        for first in range(0, len(q), self.knobs.chunk):
+            rows = q[first : first + self.knobs.chunk]
+            end = before + first + len(rows)
+            local = end - max(self.n_local, len(rows))
+            if end <= self.knobs.budget or local - self.n_init <= self.count:
+                index = torch.arange(end, device=q.device)
+            else:
+                index = self._index(self._choose(rows, keys[self.n_init : local]), local, end)
+            out[first : first + len(rows)] = cached.attend(layer, rows, index)
+        return out
+
+    def _index(self, chosen: Tensor, local: int, end: int) -> Tensor:
+        device = chosen.device
+        return torch.cat(
+            (torch.arange(self.n_init, device=device), chosen, torch.arange(local, end, device=device))
+        )
+
+    def _reused(self, layer: int, q: Tensor, cached: CachedTokens) -> Tensor | None:
+        if cached.dropped != self.dropped:  # other tokens lie at the same indices now
+            self.made.clear()
+            self.dropped = cached.dropped
+        made = self.made.get(layer)
+        if made is None or self.knobs.theta >= 1:
+            return None
+        if F.cosine_similarity(q.flatten(), made[0], dim=0) < self.knobs.theta:
+            return None
+        self.reuses += 1
+        return made[1]
+
+    def _choose(self, q: Tensor, keys: Tensor) -> Tensor:
+        """Which of the candidates have the most votes: q `[n, Hq, D]`, keys `[m, Hk, D]` -> `[count]`, ascending."""
+        mean = q.mean(0).view(self.shape.num_kv_heads, -1, self.shape.head_dim)
+        scores = (mean @ keys.permute(1, 2, 0)).flatten(0, 1)  # [Hq, m]; Eq. 7 has no 1 / sqrt(D)
+        if self.knobs.vote == "soft":
+            votes = torch.softmax(scores, -1).sum(0)
+        elif self.knobs.vote == "head":
+            top = scores.topk(min(self.count, scores.shape[1])).indices
+            votes = torch.zeros_like(scores).scatter_(1, top, 1).sum(0)
+        elif self.knobs.vote == "topk":
+            votes = scores.sum(0)
+        else:
+            votes = torch.rand(scores.shape[1], generator=torch.Generator().manual_seed(len(keys)))
+        found = votes.topk(min(self.count, len(votes)), sorted=False).indices
+        return (found + self.n_init).sort().values
