@@ -16,9 +16,9 @@ from tokenloom.engine.request import Request
 from tokenloom.engine.sampling_params import SamplingParams
 from tokenloom.errors import RequestError
 from tokenloom.finetune.local import FinetuneResult, Rows, StepReport, finetune_folder
+from tokenloom.methods.kv import Combination, combine
 from tokenloom.models.adapters import load_adapter
 from tokenloom.models.catalog import DEFAULT_MODEL
-from tokenloom.methods.kv import Combination, combine
 from tokenloom.text.tokenizer import Tokenizer
 
 Prompt = str | list[int]

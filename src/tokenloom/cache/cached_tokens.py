@@ -29,7 +29,7 @@ class Ragged:
 class CachedTokens:
     """Tokens `0 .. length` of one sequence's cache; `length` counts the rows of the running iteration.
 
-    After `keep`, index i of a layer and head holds the token that this head kept there: another in every head.
+    After `keep`, index i of a layer and head holds the token that this head kept there.
     Keys were rotated at their own positions, so attention need not know which. After `keep_ragged` the tokens
     kept lie in `ragged`, and those that follow are counted from 0 again.
     """
@@ -45,7 +45,7 @@ class CachedTokens:
         """Position of the running iteration's first row."""
         self.ragged: Ragged | None = None
         self.tokens_read = 0
-        """Keys and values that attention has read, one for each token, layer and head, where a policy chose."""
+        """Keys that attention has read where a policy chose, one for each token, layer and head."""
         self._slots: tuple[list[int], Tensor] = ([], torch.empty(0, dtype=torch.int64))
 
     @property
@@ -73,7 +73,7 @@ class CachedTokens:
         return known[: self.length]
 
     def keys(self, layer: int, begin: int = 0) -> Tensor:
-        """Keys of tokens `begin .. length`, `[length - begin, Hk, D]`: a view where the table is contiguous."""
+        """Keys of tokens `begin .. length`, `[length - begin, Hk, D]`: a view if the table is contiguous."""
         return self._values_of(self.kv.keys[layer], self._scales(self.kv.key_scales, layer), begin)
 
     def values(self, layer: int, begin: int = 0) -> Tensor:
@@ -92,7 +92,7 @@ class CachedTokens:
         return cache[where] if scales is None else cache[where] * scales[where][..., None]
 
     def cells(self, layer: int, index: Tensor | None = None) -> Tensor:
-        """Cells of the tokens at `index` (`[n]`, or `[Hk, n]` or `[Hq, n]` by head; None: all), `[heads, n]`."""
+        """Cells `[heads, n]` of the tokens at `index`: `[n]`, or by head `[Hk, n]` or `[Hq, n]`; None: all."""
         slots = self.slots()
         if index is None or index.dim() == 1:
             return self.kv.cells(layer, slots if index is None else slots[index])
@@ -107,9 +107,10 @@ class CachedTokens:
             index: ascending, `[m]` for all heads, or `[Hk, m]`, or `[Hq, m]`; it ends with the rows' own
                 tokens `length - n .. length`, which are read causally. None: everything.
         """
-        cells: Sequence[Tensor] = self.cells(layer, index)
+        own = self.cells(layer, index)
+        cells: Sequence[Tensor] = own  # type: ignore[assignment]  # a tensor is the sequence of its rows
         if self.ragged is not None:
-            cells = [torch.cat(pair) for pair in zip(self.ragged.cells[layer], cells, strict=True)]
+            cells = [torch.cat(pair) for pair in zip(self.ragged.cells[layer], own, strict=True)]
         self.tokens_read += sum(len(at) for at in cells)
         return self.kernels.attention_at(q, self.kv, cells)
 

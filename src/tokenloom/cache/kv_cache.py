@@ -65,7 +65,7 @@ class KVCache:
         if self.quantized:
             self._scales[:, :, to] = self._scales[:, :, of]
 
-    # -- cells: one token's keys or values of one head, wherever they lie -------------------------------------
+    # -- cells: one token's keys or values of one head, wherever they lie ------------------------------------
 
     def cells(self, layer: int, slots: Tensor) -> Tensor:
         """The cells that hold the keys of slots `[n]` in one layer, int64 `[Hk, n]`.

@@ -19,8 +19,8 @@ from tokenloom.kernels.reference import ReferenceKernels
 from tokenloom.kernels.torch_ops import TorchKernels
 
 __all__ = [
-    "Attend",
     "FORMATS",
+    "Attend",
     "FusedLayers",
     "KVSpan",
     "Kernels",

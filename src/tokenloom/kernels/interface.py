@@ -114,7 +114,7 @@ class KVSpan:
 
 
 Attend = Callable[[int, Tensor], Tensor]
-"""(layer, q `[T, Hq, D]`) -> `[T, Hq, D]`: what to do for attention once a layer's keys and values are stored."""
+"""(layer, q `[T, Hq, D]`) -> `[T, Hq, D]`: attention, once a layer's keys and values are stored."""
 
 
 class FusedLayers(Protocol):
@@ -173,9 +173,9 @@ class Kernels(Protocol):
 
         Args:
             q: `[n, Hq, D]`.
-            cells: for each kv head, or for each query head, where the keys lie that it reads, int64 `[m]` each
-                (see `KVCache.cells`); they may differ in length. The last n of them are the rows' own: row i
-                reads the first m - n + i + 1.
+            cells: for each kv head, or for each query head, where the keys lie that it reads, int64 `[m]`
+                each (see `KVCache.cells`); they may differ in length. The last n of them are the rows' own:
+                row i reads the first m - n + i + 1.
 
         Returns:
             `[n, Hq, D]`.

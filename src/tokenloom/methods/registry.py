@@ -19,7 +19,7 @@ MAX_SPEC_CHARACTERS = 1000
 class Entry:
     """What the registry knows of a method.
 
-    `make` is a dataclass whose fields are the method's knobs; their defaults are the paper's, where it has any.
+    `make` is a dataclass whose fields are the method's knobs; their defaults are the paper's where it has any.
     """
 
     name: str
@@ -72,8 +72,8 @@ def parse(spec: str, hook: str) -> list[tuple[Entry, Any]]:
     """The methods that a spec names, in its order, made with its knobs. An empty spec, or `off`, names none.
 
     Raises:
-        RequestError: (param: the hook) the spec cannot be read, or names what does not exist, or a knob's value
-            is refused.
+        RequestError: (param: the hook) the spec cannot be read, or names what does not exist, or a knob's
+            value is refused.
     """
     if spec.strip() in ("", "off"):
         return []
@@ -127,20 +127,24 @@ def _value(node: ast.expr, entry: Entry, knob: str) -> Any:
         value = None
     value = tuple(value) if isinstance(value, list) else value
     default = entry.knobs[knob]
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    fits = number if type(default) in (int, float) else isinstance(value, type(default))
-    if not fits or (type(default) is int and number and value != int(value) and not _is_budget(knob)):
-        kind = {int: "a number", float: "a number", bool: "True or False", str: "a word", tuple: "a list"}
+    if type(default) is int:
+        fits = type(value) is int or (knob == "budget" and type(value) is float)
+    else:
+        fits = type(value) in (int, float) if type(default) is float else isinstance(value, type(default))
+    if not fits:
+        kind = {
+            int: "a whole number",
+            float: "a number",
+            bool: "True or False",
+            str: "a word",
+            tuple: "a list",
+        }
         expected = kind.get(type(default), "something else")
         raise RequestError(
             f"{entry.hook}: {entry.name}: {knob} must be {expected}, not {ast.unparse(node)}",
             param=entry.hook,
         )
     return value
-
-
-def _is_budget(knob: str) -> bool:
-    return knob == "budget"
 
 
 def spec_of(entry: Entry, made: Any) -> str:

@@ -33,7 +33,7 @@ class AdaKV(HeadBudget):
         part(alpha=self.alpha)
 
     def choose(self, scores: Tensor, count: int) -> list[Tensor]:
-        num_heads, n = scores.shape
+        num_heads = len(scores)
         ranked = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).clone()
         taken = torch.zeros_like(ranked, dtype=torch.bool)
         taken.scatter_(1, ranked.topk(int(self.alpha * count)).indices, True)

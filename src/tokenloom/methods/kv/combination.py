@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 from torch import Tensor
 
@@ -13,18 +13,8 @@ from tokenloom.cache.cached_tokens import CachedTokens
 from tokenloom.cache.policy import KVPolicy, SequenceShape
 from tokenloom.errors import RequestError
 from tokenloom.methods.kv.eviction import Eviction
-from tokenloom.methods.kv.parts import (
-    Evictor,
-    HeadBudget,
-    LayerBudget,
-    Merger,
-    Part,
-    Scorer,
-    Selector,
-)
+from tokenloom.methods.kv.parts import Evictor, Part, Selector
 from tokenloom.methods.registry import Entry, parse, spec_of
-
-P = TypeVar("P", bound=Part)
 
 # Roles that exclude each other, and why.
 _CONFLICTS = {
@@ -33,7 +23,7 @@ _CONFLICTS = {
     ("selector", "layer budget"): "a selector needs the same tokens in every layer's cache",
     ("selector", "head budget"): "a selector needs as many tokens in every head's cache",
 }
-# Roles that do nothing alone.
+# Roles that do nothing alone, in the order in which `Eviction` takes them.
 _NEEDS_SCORER = ("layer budget", "head budget", "merger")
 
 
@@ -60,16 +50,13 @@ class Combination:
                 raise RequestError(f"kv: {entry.name}: {error}", param="kv") from error
 
     def policy(self, shape: SequenceShape) -> KVPolicy:
+        parts: dict[str, Any] = {part.role: part for _, part in self.named}
         policies: list[KVPolicy] = []
-        scorer = self._part(Scorer)
-        if scorer is not None:
-            budgets = self._part(LayerBudget), self._part(HeadBudget)
-            policies.append(Eviction(shape, scorer, *budgets, self._part(Merger)))
+        if "scorer" in parts:
+            beside = (parts.get(role) for role in _NEEDS_SCORER)
+            policies.append(Eviction(shape, parts["scorer"], *beside))
         policies += [part.policy(shape) for _, part in self.named if isinstance(part, Evictor | Selector)]
         return policies[0] if len(policies) == 1 else Together(policies)
-
-    def _part(self, kind: type[P]) -> P | None:
-        return next((part for _, part in self.named if isinstance(part, kind)), None)
 
 
 class Together(KVPolicy):

@@ -15,7 +15,7 @@ from tokenloom.methods.registry import method
 @method(
     "merge",
     hook="kv",
-    title="Merging on eviction (D2O, CaM and others; A Survey on LLM Acceleration based on KV Cache Management)",
+    title="A Survey on LLM Acceleration based on KV Cache Management: merging (D2O, CaM and others)",
     arxiv="2412.19442",
     claim="values of dropped tokens are averaged into their nearest kept neighbours",
 )

@@ -68,7 +68,7 @@ class HeadBudget(Part):
 
     @abstractmethod
     def choose(self, scores: Tensor, count: int) -> list[Tensor]:
-        """Which tokens each kv head keeps, ascending `[n]` for each: `Hk * count` in all; scores `[Hk, n]`."""
+        """Tokens that each kv head keeps, ascending, `Hk * count` in all, by scores `[Hk, n]`."""
 
 
 class Merger(Part):
@@ -78,7 +78,7 @@ class Merger(Part):
 
     @abstractmethod
     def merge(self, keys: Tensor, values: Tensor, kept: Tensor) -> Tensor:
-        """New values of the kept tokens of one head, `[k, D]`; keys, values `[n, D]`, kept `[k]` ascending."""
+        """New values `[k, D]` of one head's kept tokens `[k]`, ascending; keys, values `[n, D]`."""
 
 
 class Evictor(Part):

@@ -15,7 +15,7 @@ from tokenloom.methods.registry import method
 
 
 def window_attention(keys: Tensor, queries: Tensor) -> Tensor:
-    """Attention of the last W of n tokens, causal: keys `[n, Hk, D]`, queries `[W, Hq, D]` -> `[Hk, G, W, n]`."""
+    """Causal attention of the last W tokens: keys `[n, Hk, D]`, queries `[W, Hq, D]` -> `[Hk, G, W, n]`."""
     (n, num_kv_heads, head_dim), window = keys.shape, len(queries)
     q = queries.view(window, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
     scores = torch.matmul(q.flatten(1, 2), keys.permute(1, 2, 0)).div_(math.sqrt(head_dim))

@@ -34,8 +34,8 @@ class TokenSelect(Selector):
         chunk: rows of a prompt that choose together, by their mean query; the paper's is 512.
         theta: decoding, the last choice is used again while the query's cosine to the one that made it is at
             least this; 1: never.
-        vote: soft: the sum of heads' softmaxes (the paper's). head: of heads' top tokens. topk: of raw scores.
-            random: by lot, for comparison.
+        vote: soft: the sum of heads' softmaxes (the paper's). head: of heads' top tokens. topk: of raw
+            scores. random: by lot, for comparison.
         prefill: whether prompts choose, or decoding alone.
     """
 
@@ -139,7 +139,7 @@ class TokenSelectPolicy(KVPolicy):
         return made[1]
 
     def _choose(self, q: Tensor, keys: Tensor) -> Tensor:
-        """Which of the candidates have the most votes: q `[n, Hq, D]`, keys `[m, Hk, D]` -> `[count]`, ascending."""
+        """Candidates with the most votes, ascending `[count]`: q `[n, Hq, D]`, keys `[m, Hk, D]`."""
         mean = q.mean(0).view(self.shape.num_kv_heads, -1, self.shape.head_dim)
         scores = (mean @ keys.permute(1, 2, 0)).flatten(0, 1)  # [Hq, m]; Eq. 7 has no 1 / sqrt(D)
         if self.knobs.vote == "soft":
