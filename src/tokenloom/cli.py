@@ -37,6 +37,9 @@ Backend = Annotated[
     str | None, typer.Option(help="auto, cpu (native), torch or reference (same tokens in any batch).")
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; 0 takes torch's own choice.")]
+KV = Annotated[
+    str | None, typer.Option("--kv", help='Cached tokens kept and read, e.g. "snapkv(budget=1024)+int8".')
+]
 Config = Annotated[Path | None, typer.Option("--config", "-c", help="A TOML file of settings.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="Any setting as KEY=VALUE, e.g. cache.block_size=32.")
@@ -80,6 +83,7 @@ def serve(
     quantize: Quantize = None,
     backend: Backend = None,
     threads: Threads = None,
+    kv: KV = None,
     config: Config = None,
     set_: Set = None,
 ) -> None:
@@ -91,9 +95,12 @@ def serve(
         "server.admin_keys": admin_key or None,
         "model.max_model_len": max_model_len,
         "scheduler.max_batch_tokens": max_batch_tokens,
+        "methods.kv": kv,
         **_model_flags(model, dtype, device, quantize, backend, threads),
     }
-    settings = _settings(flags, config, set_)
+    from tokenloom.methods.defaults import with_methods
+
+    settings = with_methods(_settings(flags, config, set_))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     _fetch(settings.model.name)
     from tokenloom.engine.async_engine import AsyncEngine
@@ -136,13 +143,15 @@ def chat(
     quantize: Quantize = None,
     backend: Backend = None,
     threads: Threads = None,
+    kv: KV = None,
     config: Config = None,
     set_: Set = None,
 ) -> None:
     """Chat with a model in the terminal. /reset forgets the conversation, /exit leaves."""
     from tokenloom.engine.sampling_params import SamplingParams
 
-    llm = _llm(_model_flags(model, dtype, device, quantize, backend, threads), config, set_)
+    flags = {"methods.kv": kv, **_model_flags(model, dtype, device, quantize, backend, threads)}
+    llm = _llm(flags, config, set_)
     name = _load_adapter(llm, adapter)
     params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed)
     start = [{"role": "system", "content": system}] if system else []
@@ -192,6 +201,7 @@ def generate(
     quantize: Quantize = None,
     backend: Backend = None,
     threads: Threads = None,
+    kv: KV = None,
     config: Config = None,
     set_: Set = None,
 ) -> None:
@@ -199,7 +209,8 @@ def generate(
     from tokenloom.engine.sampling_params import SamplingParams
 
     text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
-    llm = _llm(_model_flags(model, dtype, device, quantize, backend, threads), config, set_)
+    flags = {"methods.kv": kv, **_model_flags(model, dtype, device, quantize, backend, threads)}
+    llm = _llm(flags, config, set_)
     name = _load_adapter(llm, adapter)
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed, n=n)
     if n == 1 and not json_:
@@ -298,6 +309,17 @@ def show_model(name: Annotated[str, typer.Argument(help="Catalog name, folder or
     for field, value in describe(open_model(name)).items():
         table.add_row(field, str(value))
     out.print(table)
+
+
+@app.command("methods")
+def list_methods(
+    name: Annotated[str, typer.Argument(help="Show the knobs of this one.")] = "",
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """List the published methods that can be switched on, or one method's knobs and their defaults."""
+    from tokenloom.methods.show import show_method, show_methods
+
+    (show_method(name, out, json_) if name else show_methods(out, json_))
 
 
 @app.command()

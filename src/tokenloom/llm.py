@@ -16,6 +16,7 @@ from tokenloom.engine.request import Request
 from tokenloom.engine.sampling_params import SamplingParams
 from tokenloom.errors import RequestError
 from tokenloom.finetune.local import FinetuneResult, Rows, StepReport, finetune_folder
+from tokenloom.methods.defaults import with_methods
 from tokenloom.methods.kv import Combination, combine
 from tokenloom.models.adapters import load_adapter
 from tokenloom.models.catalog import DEFAULT_MODEL
@@ -63,14 +64,14 @@ class LLM:
 
     def __init__(self, model: str = DEFAULT_MODEL, **settings: Any) -> None:
         flags = {key.replace("__", ".", 1): value for key, value in settings.items()}
-        self.engine = Engine(load_settings({"model.name": model, **flags}))
+        self.engine = Engine(with_methods(load_settings({"model.name": model, **flags})))
         self._num_requests = 0
 
     @classmethod
     def from_settings(cls, settings: Settings) -> LLM:
         """A model by a settings tree that was read already."""
         llm = cls.__new__(cls)
-        llm.engine, llm._num_requests = Engine(settings), 0
+        llm.engine, llm._num_requests = Engine(with_methods(settings)), 0
         return llm
 
     @property

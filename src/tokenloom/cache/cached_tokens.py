@@ -92,7 +92,7 @@ class CachedTokens:
         return cache[where] if scales is None else cache[where] * scales[where][..., None]
 
     def cells(self, layer: int, index: Tensor | None = None) -> Tensor:
-        """Cells `[heads, n]` of the tokens at `index`: `[n]`, or by head `[Hk, n]` or `[Hq, n]`; None: all."""
+        """Cells `[heads, n]` of tokens at `index`, `[n]`, or by head `[Hk, n]` or `[Hq, n]`; None: all."""
         slots = self.slots()
         if index is None or index.dim() == 1:
             return self.kv.cells(layer, slots if index is None else slots[index])
@@ -137,7 +137,7 @@ class CachedTokens:
         self.length = n
 
     def _claim(self, kept: BlockTable, n: int) -> bool:
-        """Blocks for n tokens: fresh ones, or, where the pool has none, the sequence's own first ones (True)."""
+        """Blocks for n tokens: fresh ones, or, where there are none, the sequence's own first ones (True)."""
         needed = -(-n // self.kv.block_size)
         try:
             kept.grow(n)

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 
+from tokenloom.cache.policy import KVMethod
 from tokenloom.config import Settings
 from tokenloom.engine.adapters import LoadedAdapter
 from tokenloom.engine.engine import Engine
@@ -135,8 +136,9 @@ class AsyncEngine:
         priority: int = 0,
         cache_salt: str | None = None,
         adapter: LoadedAdapter | None = None,
+        kv: KVMethod | None = None,
     ) -> Stream:
-        """Start a request; `adapter` is one of `engine.adapters`.
+        """Start a request; `adapter` is one of `engine.adapters`, `kv` how its cache is kept and read.
 
         Raises:
             RequestError: it can never be served; the message names the field.
@@ -150,6 +152,7 @@ class AsyncEngine:
             priority=priority,
             cache_salt=cache_salt,
             adapter=adapter,
+            kv=kv,
         )
         return self._submit(request)
 
@@ -194,7 +197,7 @@ class AsyncEngine:
         stats, coserver = self.engine.stats(), self.engine.coserver
         stats.training_jobs = len(coserver.trainings)
         stats.training_restarts = coserver.num_restarts
-        held = {block for s in list(self.engine.scheduler.running) for block in list(s.table.blocks)}
+        held = {block for s in list(self.engine.scheduler.running) for block in s.blocks}
         # The loop goes on meanwhile, so the difference may be off for a moment.
         stats.kv_blocks_training = max(0, stats.kv_blocks_used - len(held)) if stats.training_jobs else 0
         return stats

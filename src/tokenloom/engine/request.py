@@ -100,6 +100,12 @@ class Sequence:
         return self.num_computed - (self.cached.dropped if self.cached is not None else 0)
 
     @property
+    def blocks(self) -> list[int]:
+        """Every block that holds something of this sequence."""
+        ragged = self.cached.ragged if self.cached is not None else None
+        return self.table.blocks + (ragged.blocks if ragged is not None else [])
+
+    @property
     def output(self) -> list[int]:
         return self.tokens[len(self.request.prompt) :]
 

@@ -14,12 +14,15 @@ T = TypeVar("T", bound=type)
 
 MAX_SPEC_CHARACTERS = 1000
 
+# What a knob may be.
+_KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a word", tuple: "a list"}
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
     """What the registry knows of a method.
 
-    `make` is a dataclass whose fields are the method's knobs; their defaults are the paper's where it has any.
+    `make` is a dataclass whose fields are the method's knobs; their defaults are the paper's if it has any.
     """
 
     name: str
@@ -132,14 +135,7 @@ def _value(node: ast.expr, entry: Entry, knob: str) -> Any:
     else:
         fits = type(value) in (int, float) if type(default) is float else isinstance(value, type(default))
     if not fits:
-        kind = {
-            int: "a whole number",
-            float: "a number",
-            bool: "True or False",
-            str: "a word",
-            tuple: "a list",
-        }
-        expected = kind.get(type(default), "something else")
+        expected = _KINDS[type(default)]
         raise RequestError(
             f"{entry.hook}: {entry.name}: {knob} must be {expected}, not {ast.unparse(node)}",
             param=entry.hook,

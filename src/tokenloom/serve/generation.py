@@ -17,6 +17,7 @@ from tokenloom.engine.async_engine import AsyncEngine
 from tokenloom.engine.outputs import Completion, RequestOutput, StepOutput, collect
 from tokenloom.engine.sampling_params import SamplingParams
 from tokenloom.errors import EngineStoppedError, RequestError
+from tokenloom.methods.kv import combine
 from tokenloom.serve.errors import GenerationError
 from tokenloom.serve.protocol import CachedTokens, SamplingFields, Usage
 
@@ -121,6 +122,7 @@ class Generation:
         Raises:
             RequestError, EngineBusyError, EngineStoppedError: as `AsyncEngine.generate`.
         """
+        method = combine(engine.settings.methods.kv if body.kv is None else body.kv)
         generation = cls(prompts, params)
         try:
             for prompt in prompts:
@@ -131,6 +133,7 @@ class Generation:
                     priority=body.priority or 0,
                     cache_salt=body.cache_salt,
                     adapter=adapter,
+                    kv=method,
                 )
                 generation._streams.append(stream)
         except BaseException:

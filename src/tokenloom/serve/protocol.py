@@ -26,6 +26,7 @@ from pydantic_core import PydanticKnownError
 
 from tokenloom.engine.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_N, MAX_STOP_STRINGS
 from tokenloom.errors import RequestError
+from tokenloom.methods.registry import MAX_SPEC_CHARACTERS
 
 MAX_STOP_CHARACTERS = 256
 MAX_STOP_TOKEN_IDS = 256
@@ -182,6 +183,7 @@ class SamplingFields(RequestBody):
     prompt_logprobs: Integer | None = Field(None, ge=0, le=MAX_LOGPROBS)
     priority: Integer | None = Field(None, ge=-(2**31), lt=2**31)
     cache_salt: str | None = Field(None, min_length=1, max_length=256)
+    kv: str | None = Field(None, max_length=MAX_SPEC_CHARACTERS)
 
     @model_validator(mode="after")
     def _check_streaming(self) -> SamplingFields:

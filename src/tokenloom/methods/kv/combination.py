@@ -42,6 +42,11 @@ class Combination:
         changing = [spec_of(entry, part) for entry, part in self.named if part.changes_prompt]
         return "+".join(changing) or None
 
+    @property
+    def quantizes(self) -> bool:
+        """Whether it asks for a pool in 8 bits."""
+        return any(part.role == "storage" for _, part in self.named)
+
     def check(self, max_batch_tokens: int, max_running: int, quantized: bool) -> None:
         for entry, part in self.named:
             try:
@@ -53,8 +58,8 @@ class Combination:
         parts: dict[str, Any] = {part.role: part for _, part in self.named}
         policies: list[KVPolicy] = []
         if "scorer" in parts:
-            beside = (parts.get(role) for role in _NEEDS_SCORER)
-            policies.append(Eviction(shape, parts["scorer"], *beside))
+            layer_budget, head_budget, merger = (parts.get(role) for role in _NEEDS_SCORER)
+            policies.append(Eviction(shape, parts["scorer"], layer_budget, head_budget, merger))
         policies += [part.policy(shape) for _, part in self.named if isinstance(part, Evictor | Selector)]
         return policies[0] if len(policies) == 1 else Together(policies)
 
