@@ -1,0 +1,165 @@
+"""Methods times probes: runs them all, each beside dense attention on the same tokens."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from collections.abc import Callable
+from dataclasses import asdict
+from statistics import fmean, median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenloom.bench.kv.probes import Probe, Sizes, build
+from tokenloom.bench.kv.specs import Candidate, settings_for
+from tokenloom.bench.kv.teacher import Run, TeacherEngine
+from tokenloom.bench.kv.text import Corpus
+from tokenloom.config import Settings
+from tokenloom.errors import RequestError
+from tokenloom.kernels import describe
+
+VERSION = 1
+
+
+def measure(
+    settings: Settings,
+    found: list[Candidate],
+    kinds: list[str],
+    sizes: Sizes,
+    *,
+    source: str = "docs",
+    seed: int = 0,
+    tell: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Run every probe under dense attention and under every candidate.
+
+    Args:
+        found: of `candidates`; the first is dense attention.
+        kinds: of `probes.KINDS`.
+        source, seed: of the text, and of where in it a probe begins.
+        tell: is told what runs now.
+
+    Returns:
+        Ready for JSON: see `docs/methods/kv.md`. A candidate that the engine refuses has an `error`.
+
+    Raises:
+        RequestError: a probe cannot be built, or dense attention cannot run it.
+    """
+    engine = TeacherEngine(settings)
+    probes = build(kinds, Corpus(engine.tokenizer, source, seed), sizes)
+    dense: list[Run] = []
+    for i, probe in enumerate(probes):
+        tell(f"dense attention: {probe.group} ({i + 1} of {len(probes)})")
+        run = engine.run(probe.prompt, probe.given, new_tokens=probe.new_tokens)
+        dense.append(run)
+    results: dict[str, Any] = {
+        "version": VERSION,
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "model": engine.name,
+        "dtype": str(engine.dtype).removeprefix("torch."),
+        "device": str(engine.device),
+        "backend": describe(engine.decoder.kernels),
+        "threads": torch.get_num_threads(),
+        "machine": f"{platform.machine()}, {platform.processor() or platform.system()}",
+        "text": source,
+        "seed": seed,
+        "sizes": asdict(sizes),
+        "methods": [],
+    }
+    engines = {settings.cache.dtype: engine}
+    for candidate in found:
+        row: dict[str, Any] = {**asdict(candidate), "error": None, "probes": []}
+        results["methods"].append(row)
+        try:
+            needed = settings_for(candidate, settings)
+            if needed.cache.dtype not in engines:
+                engines[needed.cache.dtype] = TeacherEngine(needed)
+            own = engines[needed.cache.dtype]
+            for probe, reference in zip(probes, dense, strict=True):
+                if probe.group == "copy absent" and candidate is not found[0]:
+                    continue
+                tell(f"{candidate.spec}: {probe.group}")
+                row["probes"].append(_result(own, candidate, probe, reference))
+        except RequestError as error:
+            row["error"] = str(error)
+        row["groups"] = _by_group(row["probes"])
+    return results
+
+
+def _result(engine: TeacherEngine, candidate: Candidate, probe: Probe, dense: Run) -> dict[str, Any]:
+    """One candidate's run of one probe, against dense attention's."""
+    method = candidate.method()
+    run = dense if candidate.spec == "off" else engine.run(probe.prompt, dense.tokens, method)
+    result = {
+        "group": probe.group,
+        "prompt_tokens": len(probe.prompt),
+        **quality(run.logits, dense.logits, dense.tokens, probe.answers),
+        "kv_bytes": run.kv_bytes[0],
+        "kv_bytes_end": run.kv_bytes[-1],
+        "kv_bytes_peak": run.peak_bytes,
+        "tokens_read": fmean(run.tokens_read),
+        "ttft_ms": run.ttft_ms,
+        "tpot_ms": median(run.step_ms),
+    }
+    if probe.given is None:
+        own = run.tokens
+        if candidate.spec != "off":
+            own = engine.run(probe.prompt, None, method, new_tokens=probe.new_tokens).tokens
+        result["overlap"] = overlap(own, dense.tokens)
+    return result
+
+
+def quality(
+    logits: list[Tensor], dense: list[Tensor], tokens: list[int], answers: tuple[range, ...]
+) -> dict[str, float]:
+    """How good predictions are, and how like dense attention's; means over the tokens that count.
+
+    Args:
+        logits, dense: `[V]` for each token.
+        answers: which of the tokens count.
+
+    Returns:
+        `nll` of the tokens (nats); `kl`: of dense attention's distribution from this one's (nats);
+        `agreement`: how often both find the same token most likely; `accuracy`: how often that is the right
+        one; `exact`: the share of answers in which it always is.
+    """
+    nll, kl, same, right, exact = [], [], [], [], []
+    for answer in answers:
+        ours, theirs = (torch.stack([x[i] for i in answer]).log_softmax(-1) for x in (logits, dense))
+        wanted = torch.tensor([tokens[i] for i in answer], device=ours.device)
+        best = ours.argmax(-1)
+        nll += (-ours.gather(1, wanted[:, None])[:, 0]).tolist()
+        kl += (theirs.exp() * (theirs - ours)).sum(-1).tolist()
+        same += (best == theirs.argmax(-1)).tolist()
+        right += (best == wanted).tolist()
+        exact.append(bool((best == wanted).all()))
+    return {
+        "nll": fmean(nll),
+        "kl": fmean(kl),
+        "agreement": fmean(same),
+        "accuracy": fmean(right),
+        "exact": fmean(exact),
+    }
+
+
+def overlap(one: list[int], other: list[int]) -> float:
+    """ROUGE-L's F1 over tokens: the longest common subsequence, of the mean of both lengths."""
+    before = [0] * (len(other) + 1)
+    for a in one:
+        now = [0]
+        for j, b in enumerate(other):
+            now.append(before[j] + 1 if a == b else max(before[j + 1], now[j]))
+        before = now
+    return 2 * before[-1] / max(1, len(one) + len(other))
+
+
+def _by_group(probes: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Means of every number over the probes of a group."""
+    groups: dict[str, dict[str, float]] = {}
+    for name in dict.fromkeys(probe["group"] for probe in probes):
+        members = [probe for probe in probes if probe["group"] == name]
+        numbers = [key for key, value in members[0].items() if not isinstance(value, str)]
+        groups[name] = {key: fmean(member[key] for member in members) for key in numbers}
+    return groups
