@@ -19,6 +19,7 @@ from tokenloom.engine.engine import Engine
 from tokenloom.engine.outputs import Delta, TokenLogprob
 from tokenloom.engine.request import Request, Sequence
 from tokenloom.engine.sampling_params import SamplingParams
+from tokenloom.errors import RequestError
 from tokenloom.models.loader import ModelFiles
 
 
@@ -77,6 +78,11 @@ class TeacherEngine(Engine):
         """
         self.pool.forget_prefixes()
         count = new_tokens if given is None else len(given)
+        if len(prompt) + count > self.max_model_len:
+            raise RequestError(
+                f"a prompt of {len(prompt)} tokens and {count} more do not fit the context of "
+                f"{self.max_model_len} tokens"
+            )
         params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
         request = Request("teacher", prompt, params, kv=method)
         run = Run()

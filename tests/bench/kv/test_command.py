@@ -1,0 +1,64 @@
+"""`tokenloom bench kv` as a user types it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tiny_models import build_tiny
+
+
+def run(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "tokenloom", "bench", *args],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(build_tiny(tmp_path_factory.mktemp("llama"), "llama")[0])
+
+
+def test_it_compares_and_writes(folder: str, tmp_path: Path) -> None:
+    options = ["--budget", "32", "--probe", "text", "--prompt-tokens", "100", "--rows", "8"]
+    done = run("kv", "snapkv(window=8)", "streaming", *options, "-m", folder, "-o", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "streaming(budget=32)" in done.stdout and "pareto.png" in done.stdout
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [row["spec"] for row in results["methods"]][1:] == [
+        "snapkv(window=8, budget=32)",
+        "streaming(budget=32)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["snapvk"], "snapvk"),
+        (["snapkv", "--probe", "haystack"], "haystack"),
+        (["snapkv", "--budget", "few"], "few"),
+        (["snapkv", "--prompt-tokens", "5000"], "context"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_it(args: list[str], words: str, folder: str) -> None:
+    done = run("kv", *args, "-m", folder)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert words in done.stderr and "error:" in done.stderr
+
+
+def test_bench_alone_measures_speed_as_before(folder: str) -> None:
+    sizes = ["--prompt-tokens", "8", "--new-tokens", "4", "--streams", "1", "--repeats", "1"]
+    done = run("-m", folder, *sizes, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["decode"][0]["streams"] == 1

@@ -1,0 +1,128 @@
+"""Methods times budgets times probes: what is run, and what is reported of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from tiny_models import build_tiny
+from tokenloom.bench.kv import report
+from tokenloom.bench.kv.probes import KINDS, Sizes
+from tokenloom.bench.kv.run import measure, overlap, quality
+from tokenloom.bench.kv.specs import candidates, default_specs, parse_budgets
+from tokenloom.config import load_settings
+from tokenloom.errors import RequestError
+
+SIZES = Sizes(prompt_tokens=300, rows=8, copy_tokens=200, depths=(0.5,), keys=2, asked=1)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = build_tiny(
+        tmp_path_factory.mktemp("llama"), "llama", torch.float32, max_position_embeddings=1024
+    )[0]
+    settings = load_settings({"model.name": str(folder), "cache.kv_bytes": 2**23})
+    specs = ["snapkv(window=8)", "tokenselect", "int8", "tokenselect(budget=64, chunk=4096)"]
+    return measure(settings, candidates(specs, [32, 64]), list(KINDS), SIZES)
+
+
+def test_budgets_go_into_the_first_method_that_takes_one() -> None:
+    specs = ["snapkv+adakv", "adakv+snapkv(window=8)", "streaming()", "quest(budget=7)", "int8"]
+    found = [(c.spec, c.family, c.budget) for c in candidates(specs, [64])]
+    assert found == [
+        ("off", "off", None),
+        ("snapkv(budget=64)+adakv", "snapkv+adakv", 64),
+        ("adakv+snapkv(window=8, budget=64)", "adakv+snapkv(window=8)", 64),
+        ("streaming(budget=64)", "streaming()", 64),
+        ("quest(budget=7)", "quest(budget=7)", None),
+        ("int8", "int8", None),
+    ]
+
+
+def test_specs_are_checked_before_anything_runs() -> None:
+    for spec in ("snapvk", "snapkv(", "snapkv+keydiff"):
+        with pytest.raises(RequestError):
+            candidates([spec], [64])
+    with pytest.raises(RequestError, match="budget"):
+        parse_budgets("64,many")
+    assert parse_budgets("64, 0.25") == [64, 0.25]
+    assert {"snapkv", "streaming", "quest", "tokenselect"} <= set(default_specs())
+    assert "adakv" not in default_specs()
+
+
+def test_every_method_has_every_number(results: dict[str, Any]) -> None:
+    again = json.loads(json.dumps(results, allow_nan=False))
+    assert again["version"] == 1
+    assert {"date", "model", "machine", "threads", "text", "seed", "sizes"} <= set(again)
+    dense, *methods = again["methods"]
+    groups = {"text", "copy early", "copy middle", "copy late", "needle", "multikey", "summary"}
+    assert set(dense["groups"]) == groups | {"copy absent"}
+    numbers = {"prompt_tokens", "nll", "kl", "agreement", "accuracy", "exact"}
+    numbers |= {"kv_bytes", "kv_bytes_end", "kv_bytes_peak", "tokens_read", "ttft_ms", "tpot_ms"}
+    for row in methods[:-1]:
+        assert row["error"] is None
+        assert set(row["groups"]) == groups
+        for name, group in row["groups"].items():
+            assert set(group) == (numbers | {"overlap"} if name == "summary" else numbers)
+            assert all(math.isfinite(number) for number in group.values())
+            assert group["kl"] > -1e-6
+
+
+def test_dense_attention_is_like_itself(results: dict[str, Any]) -> None:
+    groups = results["methods"][0]["groups"]
+    assert all(group["kl"] == 0 and group["agreement"] == 1 for group in groups.values())
+    assert groups["summary"]["overlap"] == groups["summary"]["exact"] == 1
+
+
+def test_bytes_follow_budgets_and_storage(results: dict[str, Any]) -> None:
+    bytes_of = {row["spec"]: row["groups"]["text"]["kv_bytes"] for row in results["methods"] if row["groups"]}
+    assert bytes_of["snapkv(window=8, budget=32)"] * 2 == bytes_of["snapkv(window=8, budget=64)"]
+    assert bytes_of["tokenselect(budget=32)"] == bytes_of["off"]
+    # 16 numbers in 8 bits and a scale, instead of 16 in 32.
+    assert bytes_of["int8"] / bytes_of["off"] == (16 + 4) / (16 * 4)
+
+
+def test_what_the_engine_refuses_is_named_and_left_out(results: dict[str, Any]) -> None:
+    row = results["methods"][-1]
+    assert "chunk=4096" in row["error"]
+    console = Console(width=200, record=True)
+    report.print_table(results, console)
+    text = console.export_text()
+    assert "left out: tokenselect(budget=64, chunk=4096)" in text
+    assert "snapkv(window=8, budget=32)" in text
+
+
+def test_files_are_written(results: dict[str, Any], tmp_path: Path) -> None:
+    files = report.write(results, tmp_path / "new" / "folder")
+    assert [file.name for file in files] == ["results.json", "pareto.png"]
+    assert json.loads(files[0].read_text()) == json.loads(json.dumps(results))
+    assert files[1].stat().st_size > 10_000
+
+
+def test_the_pareto_front_holds_what_is_cheap_or_good() -> None:
+    points = [(1.0, 5.0), (2.0, 6.0), (2.0, 3.0), (3.0, 3.0), (4.0, 1.0)]
+    assert report.pareto(points, less_is_better=True) == [(1.0, 5.0), (2.0, 3.0), (4.0, 1.0)]
+    assert report.pareto(points, less_is_better=False) == [(1.0, 5.0), (2.0, 6.0)]
+
+
+def test_quality_by_hand() -> None:
+    dense = [torch.tensor([0.25, 0.75]).log(), torch.tensor([0.5, 0.5]).log() + 3]
+    ours = [torch.tensor([0.5, 0.5]).log() - 1, torch.tensor([0.1, 0.9]).log()]
+    found = quality(ours, dense, [1, 1], (range(0, 1), range(1, 2)))
+    kl = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
+    kl += 0.5 * math.log(0.5 / 0.1) + 0.5 * math.log(0.5 / 0.9)
+    assert found["kl"] == pytest.approx(kl / 2)
+    assert found["nll"] == pytest.approx(-(math.log(0.5) + math.log(0.9)) / 2)
+    assert found["accuracy"] == found["exact"] == 0.5
+
+
+def test_overlap_is_of_the_longest_common_subsequence() -> None:
+    assert overlap([1, 2, 3, 4], [1, 9, 3, 4]) == 0.75
+    assert overlap([], []) == 0.0
+    assert overlap([1], [1, 1, 1]) == 0.5
