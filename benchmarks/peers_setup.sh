@@ -83,7 +83,7 @@ files_transformers() { make_files transformers hf; }
 files_openvino() { files_transformers && make_files openvino openvino; }
 files_onnxruntime() { files_transformers && make_files onnxruntime onnxruntime; }
 files_vllm() { files_transformers; }
-files_kvpress() { # its transformers is too old to read what this model's file says of itself
+files_kvpress() { # what the transformers of the other environment made
     [ -d "$MODELS/hf" ] || { echo "kvpress needs transformers to be set up first" >&2 && return 1; }
 }
 

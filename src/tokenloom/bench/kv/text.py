@@ -55,8 +55,8 @@ class Corpus:
         self.tokenizer = tokenizer
         self.tokens = self.encode(read_text(source))
         self.random = random.Random(seed)
-        common = Counter(re.findall(r"\b[a-z]{4,9}\b", read_text("docs")))
-        self._words = sorted(word for word, count in common.items() if count >= 5)
+        seen = Counter(re.findall(r"\b[a-z]{5,11}\b", read_text("docs")))
+        self._words = sorted(word for word, count in seen.items() if count >= 2)
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
