@@ -74,8 +74,8 @@ def copy(corpus: Corpus, sizes: Sizes) -> list[Probe]:
     """A block of random words, seen once and begun again: whoever has lost it cannot go on.
 
     As in TokenSelect's evaluation here: 200 tokens of filler, the block, 1,200 more (early), and the block
-    again, of which the first 8 tokens do not count. `copy absent` has no first block: nothing can be known. All
-    places have the same block in the same filler.
+    again, of which the first 8 tokens do not count. `copy absent` has no first block: nothing can be known.
+    All places have the same block in the same filler.
     """
     probes = []
     block = corpus.encode("".join(f" {word}" for word in corpus.words(_WORDS)))
