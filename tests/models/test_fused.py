@@ -220,7 +220,7 @@ def arguments(model: Runner) -> dict[str, Any]:
     return {
         "x": torch.zeros(3, 64),
         "begin": 0,
-        "end": 2,
+        "end": 4,
         "kv": native.KV(kv.keys, kv.values, [], []),
         "cos": torch.zeros(3, 8),
         "sin": torch.zeros(3, 8),
@@ -230,6 +230,8 @@ def arguments(model: Runner) -> dict[str, Any]:
         "block_size": BLOCK,
         "bypasses": [],
         "taps": [],
+        "qkv": None,
+        "attended": None,
         "threads": 1,
     }
 
@@ -252,7 +254,10 @@ REFUSED: dict[str, tuple[str, Callable[[], Any], str]] = {
     "block": ("blocks", lambda: torch.tensor([64], dtype=torch.int32), "blocks: block 64 is outside"),
     "span": ("spans", lambda: torch.tensor([[1, 3, 3, 0]], dtype=torch.int32), "spans: row 0"),
     "block_size": ("block_size", lambda: 0, "block_size"),
-    "end": ("end", lambda: 3, "layers: out of range"),
+    "end": ("end", lambda: 5, "layers: out of range"),
+    "end before attention": ("end", lambda: 3, "qkv: expected"),
+    "begin behind attention": ("begin", lambda: 1, "qkv: expected"),
+    "qkv": ("qkv", lambda: torch.zeros(3, 96), "qkv: wrong shape"),
     "begin": ("begin", lambda: -1, "layers: out of range"),
     "a cache of another model": ("kv", one_layer, "a cache of another model"),
     "threads": ("threads", lambda: 0, "threads"),

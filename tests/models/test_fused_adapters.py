@@ -227,7 +227,7 @@ def forward(model: Runner, **changed: Any) -> None:
     good = {
         "x": torch.zeros(21, 64),
         "begin": 0,
-        "end": 2,
+        "end": 4,
         "kv": native.KV(kv.keys, kv.values, [], []),
         "cos": cos,
         "sin": sin,
@@ -237,6 +237,8 @@ def forward(model: Runner, **changed: Any) -> None:
         "block_size": BLOCK,
         "bypasses": [(0, 21, [lora_of(), None, None, None] * 2)],
         "taps": [(0, 0, places(model, 21)["input"])],
+        "qkv": None,
+        "attended": None,
         "threads": 1,
     }
     fused._native.forward(**{**good, **changed})

@@ -223,7 +223,7 @@ class FusedLayers:
             )
 
     def __call__(
-        self, batch: Batch, kv: KVCache, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend | None
+        self, batch: Batch, kv: KVCache, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend | None = None
     ) -> bool:
         bypasses = []
         for part in batch.bypasses:

@@ -121,7 +121,7 @@ class FusedLayers(Protocol):
     """All layers of a decoder, in one call."""
 
     def __call__(
-        self, batch: Batch, kv: KVCache, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend | None
+        self, batch: Batch, kv: KVCache, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend | None = None
     ) -> bool:
         """Run a batch: x `[T, hidden_size]` in place; cos, sin `[T, D / 2]`; attend instead of the plain
         attention of `batch.spans`, then in a call per layer.

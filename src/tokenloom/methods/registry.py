@@ -130,12 +130,9 @@ def _value(node: ast.expr, entry: Entry, knob: str) -> Any:
         value = None
     value = tuple(value) if isinstance(value, list) else value
     default = entry.knobs[knob]
-    if type(default) is int:
-        fits = type(value) is int or (knob == "budget" and type(value) is float)
-    else:
-        fits = type(value) in (int, float) if type(default) is float else isinstance(value, type(default))
-    if not fits:
-        expected = _KINDS[type(default)]
+    kind = float if knob == "budget" else type(default)
+    if type(value) not in ((int, float) if kind is float else (kind,)):
+        expected = _KINDS[kind]
         raise RequestError(
             f"{entry.hook}: {entry.name}: {knob} must be {expected}, not {ast.unparse(node)}",
             param=entry.hook,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 def check_budget(budget: int | float) -> None:
     """Raise ValueError unless this is a number of tokens (1, 2, ...) or a part (0 < x < 1)."""
-    if budget <= 0 or (budget > 1 and budget != int(budget)):
+    if not 0 < budget < 2**31 or (budget > 1 and budget != int(budget)):
         raise ValueError(f"budget must be a number of tokens, or a part between 0 and 1, not {budget}")
 
 
