@@ -78,7 +78,12 @@ class SchedulerSettings(_Branch):
     )
     max_running: int = Field(64, ge=1, description="Sequences that hold KV at the same time.")
     max_waiting: int = Field(1024, ge=1, description="Requests in the queue; one more is refused (429).")
-    policy: Literal["fcfs", "priority"] = "fcfs"
+    policy: Literal["fcfs", "priority", "lpm"] = Field(
+        "fcfs",
+        description="Who is admitted next: the first; the one of the lowest `priority`; or the one with most of "
+        "its prompt in the prefix cache.",
+    )
+    lpm_wait_s: float = Field(2.0, ge=0, description="With lpm: who waited longer than this goes first.")
 
 
 class SloSettings(_Branch):

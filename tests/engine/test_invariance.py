@@ -235,6 +235,24 @@ def test_priorities_go_first(files: ModelFiles) -> None:
     assert finished == ["high", "middle", "low"]
 
 
+def test_who_has_most_of_its_prompt_in_the_prefix_cache_goes_first(files: ModelFiles) -> None:
+    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+    warm, half = list(range(40)), [*range(20), *range(100, 120)]
+
+    def order(**flags: Any) -> list[str]:
+        target = engine(files, scheduler__policy="lpm", scheduler__max_running=1, **flags)
+        run(target, [Request("before", warm, params)])
+        for name, prompt in (("none", [199] * 40), ("half", half), ("all", warm), ("all again", warm)):
+            target.add(Request(name, prompt, params))
+        finished = []
+        while target.has_work:
+            finished += [o.request_id for o in target.step() if o.finished]
+        return finished
+
+    assert order() == ["all", "all again", "half", "none"]
+    assert order(scheduler__lpm_wait_s=0.0) == ["none", "half", "all", "all again"]
+
+
 @pytest.fixture
 def small(files: ModelFiles) -> Iterator[Engine]:
     yield engine(files, cache__kv_bytes=tight_pool(files, 64))

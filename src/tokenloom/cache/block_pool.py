@@ -91,6 +91,10 @@ class BlockPool:
             else:
                 self._free.add(block)
 
+    def holds(self, digest: bytes) -> bool:
+        """Whether a block with that content is indexed."""
+        return digest in self._block_of
+
     def lookup(self, digest: bytes) -> int | None:
         """The block with that content, with a reference for the caller, or None."""
         block = self._block_of.get(digest)

@@ -117,7 +117,7 @@ class Scheduler:
 
     def _admit(self, plan: Plan) -> None:
         while self.waiting and plan.num_rows < self.settings.max_batch_tokens:
-            sequence = self.waiting[0]
+            sequence = self._next_waiting()
             request = sequence.request
             siblings = 1 if request.forked else request.params.n
             if self.running and len(self.running) + siblings > self.settings.max_running:
@@ -131,10 +131,20 @@ class Scheduler:
             if sequence.table.missing(len(sequence.tokens)) > self.pool.num_available:
                 sequence.forget_kv()
                 return  # first come, first served: nobody overtakes
-            self.waiting.pop(0)
+            self.waiting.remove(sequence)
             self._count_admission(request, hits)
             self.running.append(sequence)
             self._give_rows(plan, sequence)
+
+    def _next_waiting(self) -> Sequence:
+        """Who is admitted next: the first in line, or, by longest prefix match, whoever has most of its prompt
+        in the prefix cache, unless the first has waited long enough (SGLang, arXiv 2312.07104)."""
+        first = self.waiting[0]
+        if self.settings.policy != "lpm" or len(self.waiting) == 1:
+            return first
+        if time.monotonic() - first.request.arrival_s > self.settings.lpm_wait_s:
+            return first
+        return max(self.waiting, key=Sequence.num_cached)  # of equals the first
 
     def _count_admission(self, request: Request, hits: int) -> None:
         if request.scheduled_s is None:

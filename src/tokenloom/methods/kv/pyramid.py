@@ -38,6 +38,10 @@ class Pyramid(LayerBudget):
         if mean <= 0 or num_layers == 1:
             return [budget] * num_layers
         counts = [int(most - i * (most - least) / (num_layers - 1)) + window for i in range(num_layers)]
-        # What rounding left over goes to the first layers, so that the mean is the budget.
+        # What rounding left over goes to the first layers that have room, so that the mean is the budget.
         left = budget * num_layers - sum(counts)
-        return [count + (i < left) if count < prompt_tokens else count for i, count in enumerate(counts)]
+        for i, count in enumerate(counts):
+            if left and count < prompt_tokens:
+                counts[i] += 1
+                left -= 1
+        return counts
