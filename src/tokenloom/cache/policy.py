@@ -69,6 +69,8 @@ class SequenceShape:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    model: str = ""
+    """The model's name: what was measured of a model once is found by it."""
 
 
 class KVMethod(Protocol):
@@ -86,4 +88,9 @@ class KVMethod(Protocol):
         """Raise RequestError (param "kv") where an engine with these settings cannot run it."""
 
     def policy(self, shape: SequenceShape) -> KVPolicy:
-        """For one sequence, before its first row."""
+        """For one sequence, before its first row.
+
+        Raises:
+            RequestError: (param "kv") something that it needs to know about the model is missing. Requests are
+                refused for it when they arrive.
+        """

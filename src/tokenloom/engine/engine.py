@@ -145,6 +145,7 @@ class Engine:
                 raise RequestError("kv: this model's layers read a sliding window already", param="kv")
             scheduler = self.settings.scheduler
             request.kv.check(scheduler.max_batch_tokens, scheduler.max_running, self.kv.quantized)
+            request.kv.policy(request.shape(self.config, self.name))  # RequestError where it cannot be made
         if params.n > self.settings.scheduler.max_running:
             raise RequestError(
                 f"n is {params.n}; this server runs at most {self.settings.scheduler.max_running} sequences",
@@ -161,7 +162,7 @@ class Engine:
         if request.request_id in self.requests:
             raise RequestError(f"request id {request.request_id!r} is in use", param="request_id")
         leader = Sequence(request, 0, self.pool, self._detokenizer(request))
-        leader.govern(self.kv, self.decoder.kernels, self.config)
+        leader.govern(self.kv, self.decoder.kernels, request.shape(self.config, self.name))
         request.sequences = [leader]
         self.requests[request.request_id] = request
         self.scheduler.add(leader)

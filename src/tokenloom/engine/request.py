@@ -55,6 +55,19 @@ class Request:
         """Whether every prompt row must be computed, so that cached KV cannot stand in for it."""
         return self.kind == "embed" or self.prompt_logprobs is not None
 
+    def shape(self, config: ModelConfig, model: str) -> SequenceShape:
+        """What a KV policy may know of this request's sequences, and of the model that answers it."""
+        most = self.params.max_tokens
+        return SequenceShape(
+            len(self.prompt),
+            config.max_position - len(self.prompt) if most is None else most,
+            config.num_layers,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            model,
+        )
+
     @property
     def finished(self) -> bool:
         return bool(self.sequences) and all(s.finish_reason for s in self.sequences)
@@ -118,12 +131,23 @@ class Sequence:
             self.digests.append(block_digest(parent, self.tokens[i * size : (i + 1) * size]))
         return self.digests[block]
 
-    def match_prefix(self) -> int:
-        """Adopt cached blocks from the front, leaving at least one token to compute; tokens adopted."""
-        pool, most = self.table.pool, len(self.tokens) - 1
+    def num_cached(self) -> int:
+        """Tokens from the front whose blocks the prefix cache has, as far as `match_prefix` would look."""
+        pool, blocks = self.table.pool, range(self._matchable_blocks)
+        return next((i for i in blocks if not pool.holds(self.digest(i))), len(blocks)) * pool.block_size
+
+    @property
+    def _matchable_blocks(self) -> int:
+        """Full blocks that need not be computed: at least one token must be, and what the policy asks for."""
+        most = len(self.tokens) - 1
         if self.policy is not None:
             most = min(most, len(self.request.prompt) - self.policy.last_rows)
-        for i in range(most // pool.block_size):
+        return max(0, most) // self.table.pool.block_size
+
+    def match_prefix(self) -> int:
+        """Adopt cached blocks from the front, leaving at least one token to compute; tokens adopted."""
+        pool = self.table.pool
+        for i in range(self._matchable_blocks):
             block = pool.lookup(self.digest(i))
             if block is None:
                 break
@@ -142,22 +166,12 @@ class Sequence:
         for i in range(computed_before // size, end // size):
             self.table.pool.publish(self.table.blocks[i], self.digest(i))
 
-    def govern(self, kv: KVCache, kernels: Kernels, config: ModelConfig) -> None:
+    def govern(self, kv: KVCache, kernels: Kernels, shape: SequenceShape) -> None:
         """Put the sequence under its request's KV method, before its first row."""
-        method, request = self.request.kv, self.request
-        if method is None:
-            return
-        most = request.params.max_tokens
-        self.shape = SequenceShape(
-            len(request.prompt),
-            config.max_position - len(request.prompt) if most is None else most,
-            config.num_layers,
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-        )
-        self.policy = method.policy(self.shape)
-        self.cached = CachedTokens(kv, self.table, kernels)
+        if self.request.kv is not None:
+            self.shape = shape
+            self.policy = self.request.kv.policy(shape)
+            self.cached = CachedTokens(kv, self.table, kernels)
 
     def forget_kv(self) -> None:
         """Give all blocks back; every token waits to be computed again."""
