@@ -80,8 +80,8 @@ class SchedulerSettings(_Branch):
     max_waiting: int = Field(1024, ge=1, description="Requests in the queue; one more is refused (429).")
     policy: Literal["fcfs", "priority", "lpm"] = Field(
         "fcfs",
-        description="Who is admitted next: the first; the one of the lowest `priority`; or the one with most of "
-        "its prompt in the prefix cache.",
+        description="Who is admitted next: the first; the one of the lowest `priority`; or (lpm) the one "
+        "with most of its prompt in the prefix cache.",
     )
     lpm_wait_s: float = Field(2.0, ge=0, description="With lpm: who waited longer than this goes first.")
 

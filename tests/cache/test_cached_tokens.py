@@ -19,7 +19,7 @@ KERNELS = get_kernels("torch")
 
 
 class Rig:
-    """A pool, and sequences whose keys say whose they are: `[layer, head, sequence, token]` in the numbers."""
+    """A pool, and sequences whose keys say whose they are, in their first four numbers."""
 
     def __init__(self, num_blocks: int = 64, dtype: torch.dtype = torch.float32) -> None:
         self.kv = KVCache(
@@ -206,9 +206,7 @@ def test_a_thousand_random_operations_keep_every_token_and_lose_no_block() -> No
             elif operation == "keep" and cached.ragged is None and n > 2:
                 index = [torch.stack([pick(rng, n, n // 2) for _ in range(HEADS)]) for _ in range(LAYERS)]
                 cached.keep(index)
-                held = [
-                    [[held[i][h][t] for t in index[i][h]] for h in range(HEADS)] for i in range(LAYERS)
-                ]
+                held = [[[held[i][h][t] for t in index[i][h]] for h in range(HEADS)] for i in range(LAYERS)]
             elif operation == "ragged" and cached.ragged is None and n > 2:
                 some = [[pick(rng, n, rng.randint(1, n)) for _ in range(HEADS)] for _ in range(LAYERS)]
                 cached.keep_ragged(some)

@@ -31,7 +31,9 @@ def paged(kv_heads: int, head_dim: int, dtype: torch.dtype, num_slots: int = 256
         device=torch.device("cpu"),
     )
     for layer in range(LAYERS):
-        k, v = torch.randn(2, num_slots, kv_heads, head_dim).to(torch.float32 if dtype == torch.int8 else dtype)
+        k, v = torch.randn(2, num_slots, kv_heads, head_dim).to(
+            torch.float32 if dtype == torch.int8 else dtype
+        )
         kv.write(layer, torch.arange(num_slots), k, v)
     return kv
 
@@ -80,9 +82,7 @@ def test_chosen_cells_are_attended_to(backend: str, case: tuple[Tensor, KVCache,
 
 @pytest.mark.parametrize("isa", ISAS)
 @given(case=cases())
-@settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_instruction_set_attends_to_chosen_cells(
     usual_machine: None, isa: str, case: tuple[Tensor, KVCache, list[Tensor]]
 ) -> None:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 from tiny_models import CHAT_TEMPLATE, tiny_tokenizer
 from tokenloom.config import Settings
@@ -28,6 +29,7 @@ class Call:
     params: SamplingParams
     priority: int
     cache_salt: str | None
+    kv: Any
 
 
 class FakeEngine:
@@ -84,9 +86,10 @@ class FakeEngine:
         priority: int = 0,
         cache_salt: str | None = None,
         adapter: LoadedAdapter | None = None,
+        kv: Any = None,
     ) -> FakeStream:
         self._admit(prompt_token_ids)
-        call = Call(request_id, prompt_token_ids, params, priority, cache_salt)
+        call = Call(request_id, prompt_token_ids, params, priority, cache_salt, kv)
         self.calls.append(call)
         return FakeStream(self, call)
 

@@ -91,6 +91,6 @@ class KVMethod(Protocol):
         """For one sequence, before its first row.
 
         Raises:
-            RequestError: (param "kv") something that it needs to know about the model is missing. Requests are
-                refused for it when they arrive.
+            RequestError: (param "kv") something that it needs to know about the model is missing. Requests
+                are refused for it when they arrive.
         """

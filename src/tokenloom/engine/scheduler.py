@@ -137,8 +137,8 @@ class Scheduler:
             self._give_rows(plan, sequence)
 
     def _next_waiting(self) -> Sequence:
-        """Who is admitted next: the first in line, or, by longest prefix match, whoever has most of its prompt
-        in the prefix cache, unless the first has waited long enough (SGLang, arXiv 2312.07104)."""
+        """Who is admitted next: the first in line, or, by longest prefix match, whoever has most of its
+        prompt in the prefix cache, unless the first has waited long enough (SGLang, arXiv 2312.07104)."""
         first = self.waiting[0]
         if self.settings.policy != "lpm" or len(self.waiting) == 1:
             return first
