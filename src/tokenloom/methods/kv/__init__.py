@@ -10,6 +10,7 @@ from tokenloom.methods.kv import (
     quest,
     random_tokens,
     snapkv,
+    spatten,
     streaming,
     tokenselect,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "quest",
     "random_tokens",
     "snapkv",
+    "spatten",
     "streaming",
     "tokenselect",
 ]

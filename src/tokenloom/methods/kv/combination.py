@@ -55,12 +55,14 @@ class Combination:
                 raise RequestError(f"kv: {entry.name}: {error}", param="kv") from error
 
     def policy(self, shape: SequenceShape) -> KVPolicy:
-        parts: dict[str, Any] = {part.role: part for _, part in self.named}
+        parts: dict[str, Any] = {}
+        for _, part in self.named:
+            parts[part.role] = parts[part.role].join(part) if part.role in parts else part
         policies: list[KVPolicy] = []
         if "scorer" in parts:
             layer_budget, head_budget, merger = (parts.get(role) for role in _NEEDS_SCORER)
             policies.append(Eviction(shape, parts["scorer"], layer_budget, head_budget, merger))
-        policies += [part.policy(shape) for _, part in self.named if isinstance(part, Evictor | Selector)]
+        policies += [part.policy(shape) for part in parts.values() if isinstance(part, Evictor | Selector)]
         return policies[0] if len(policies) == 1 else Together(policies)
 
 
@@ -109,17 +111,25 @@ def combine(spec: str) -> Combination | None:
     """
     named = tuple(parse(spec, "kv"))
     by_role: dict[str, str] = {}
+    joined: dict[str, Part] = {}
     for entry, part in named:
-        if part.role in by_role:
+        both = joined[part.role].join(part) if part.role in by_role else part
+        if both is None:
             raise RequestError(
                 f"kv: {by_role[part.role]} and {entry.name} are both a {part.role}; one is enough", param="kv"
             )
-        by_role[part.role] = entry.name
+        by_role[part.role], joined[part.role] = entry.name, both
     for (one, other), reason in _CONFLICTS.items():
         if one in by_role and other in by_role:
             raise RequestError(
                 f"kv: {by_role[one]} and {by_role[other]} do not go together: {reason}", param="kv"
             )
+    for entry, part in named:
+        for role, reason in part.conflicts.items():
+            if role in by_role:
+                raise RequestError(
+                    f"kv: {entry.name} and {by_role[role]} do not go together: {reason}", param="kv"
+                )
     for role in _NEEDS_SCORER:
         if role in by_role and "scorer" not in by_role:
             raise RequestError(f"kv: {by_role[role]} needs a scorer beside it, such as snapkv", param="kv")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import ClassVar
 
 from torch import Tensor
@@ -11,9 +12,15 @@ from tokenloom.cache.policy import KVPolicy, SequenceShape
 
 
 class Part(ABC):
-    """A method's knobs; at most one part of each role goes into a spec."""
+    """A method's knobs; at most one part of each role goes into a spec, unless they `join`."""
 
     role: ClassVar[str]
+    conflicts: ClassVar[Mapping[str, str]] = {}
+    """Roles that it excludes beside those that its own role does, and why."""
+
+    def join(self, other: Part) -> Part | None:
+        """One part that does what both do, where they have the same role; None: they exclude each other."""
+        return None
 
     def check(self, max_batch_tokens: int, max_running: int, quantized: bool) -> None:
         """Raise ValueError where an engine with these settings cannot run it."""
