@@ -2,6 +2,7 @@
 
 from tokenloom.methods.kv import (
     adakv,
+    fasa,
     int8,
     keydiff,
     keyformer,
@@ -12,14 +13,18 @@ from tokenloom.methods.kv import (
     snapkv,
     spatten,
     streaming,
+    token_sparse,
     tokenselect,
 )
 from tokenloom.methods.kv.combination import Combination, combine
+from tokenloom.methods.kv.plain_scorer import from_press, scorer
 
 __all__ = [
     "Combination",
     "adakv",
     "combine",
+    "fasa",
+    "from_press",
     "int8",
     "keydiff",
     "keyformer",
@@ -27,8 +32,10 @@ __all__ = [
     "pyramid",
     "quest",
     "random_tokens",
+    "scorer",
     "snapkv",
     "spatten",
     "streaming",
+    "token_sparse",
     "tokenselect",
 ]

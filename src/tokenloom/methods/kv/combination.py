@@ -13,7 +13,7 @@ from tokenloom.cache.cached_tokens import CachedTokens
 from tokenloom.cache.policy import KVPolicy, SequenceShape
 from tokenloom.errors import RequestError
 from tokenloom.methods.kv.eviction import Eviction
-from tokenloom.methods.kv.parts import Evictor, Part, Selector
+from tokenloom.methods.kv.parts import Evictor, Part, Prefill, Selector
 from tokenloom.methods.registry import Entry, parse, spec_of
 
 # Roles that exclude each other, and why.
@@ -62,7 +62,9 @@ class Combination:
         if "scorer" in parts:
             layer_budget, head_budget, merger = (parts.get(role) for role in _NEEDS_SCORER)
             policies.append(Eviction(shape, parts["scorer"], layer_budget, head_budget, merger))
-        policies += [part.policy(shape) for part in parts.values() if isinstance(part, Evictor | Selector)]
+        policies += [
+            part.policy(shape) for part in parts.values() if isinstance(part, Evictor | Selector | Prefill)
+        ]
         return policies[0] if len(policies) == 1 else Together(policies)
 
 
@@ -124,6 +126,12 @@ def combine(spec: str) -> Combination | None:
             raise RequestError(
                 f"kv: {by_role[one]} and {by_role[other]} do not go together: {reason}", param="kv"
             )
+    changing = [entry.name for entry, part in named if part.changes_prompt]
+    if "prefill" in by_role and len(changing) > 1:
+        raise RequestError(
+            f"kv: {' and '.join(changing)} do not go together: both choose what the prompt's rows read",
+            param="kv",
+        )
     for entry, part in named:
         for role, reason in part.conflicts.items():
             if role in by_role:

@@ -108,6 +108,16 @@ class Selector(Part):
         """For one sequence, before its first row."""
 
 
+class Prefill(Part):
+    """Chooses what rows of the prompt read; beside it, others choose for the rows that follow."""
+
+    role = "prefill"
+
+    @abstractmethod
+    def policy(self, shape: SequenceShape) -> KVPolicy:
+        """For one sequence, before its first row."""
+
+
 class Storage(Part):
     """How keys and values are stored."""
 
