@@ -144,6 +144,10 @@ class MethodSettings(_Branch):
     """Published methods that are on unless a request says otherwise; see `tokenloom methods`."""
 
     kv: str = Field("", description='Which cached tokens are kept and read, e.g. "snapkv(budget=1024)".')
+    modules: list[str] = Field(
+        default_factory=list,
+        description="Python files or modules to import: they register methods of one's own.",
+    )
 
 
 class LimitSettings(_Branch):

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import sys
+import zlib
+from pathlib import Path
+
 from tokenloom.config import ConfigError, Settings
 from tokenloom.errors import RequestError
 from tokenloom.methods.kv import combine
@@ -11,8 +17,10 @@ def with_methods(settings: Settings) -> Settings:
     """Settings whose methods have been read and checked; `int8` among them makes the KV pool one of 8 bits.
 
     Raises:
-        ConfigError: a spec is wrong, or does not fit the other settings.
+        ConfigError: a module cannot be imported; a spec is wrong, or does not fit the other settings.
     """
+    for name in settings.methods.modules:
+        _import(name)
     try:
         method = combine(settings.methods.kv)
         if method is None:
@@ -25,3 +33,24 @@ def with_methods(settings: Settings) -> Settings:
     except RequestError as error:
         raise ConfigError(f"setting methods.{error}") from error
     return settings
+
+
+def _import(name: str) -> None:
+    """Import a module, or run a file as one, unless that was done before."""
+    try:
+        if not name.endswith(".py"):
+            importlib.import_module(name)
+            return
+        path = Path(name).resolve()
+        module = f"tokenloom_methods_{path.stem}_{zlib.crc32(str(path).encode()):08x}"
+        spec = importlib.util.spec_from_file_location(module, path)
+        if module in sys.modules or spec is None or spec.loader is None:
+            return
+        sys.modules[module] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(sys.modules[module])
+        except BaseException:
+            del sys.modules[module]
+            raise
+    except Exception as error:
+        raise ConfigError(f"setting methods.modules: {name}: {type(error).__name__}: {error}") from error

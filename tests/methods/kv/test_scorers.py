@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -93,7 +94,7 @@ def test_a_pyramid_falls_and_its_mean_is_the_budget(
     counts = Pyramid(beta=beta).spread(budget, window, prompt, layers)
     assert sum(counts) == budget * layers
     assert all(window <= count <= prompt for count in counts)
-    assert all(later <= earlier for earlier, later in zip(counts, counts[1:], strict=False))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(counts))
 
 
 @given(seed=st.integers(0, 10**6), alpha=st.sampled_from([0.0, 0.2, 0.5, 1.0]), count=st.integers(0, 30))

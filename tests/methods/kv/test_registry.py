@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from kv_rig import answer, bits, build_engine, text_of, tiny_files, tokens
 from tokenloom.cli import app
-from tokenloom.config import ConfigError, load_settings
+from tokenloom.config import ConfigError, Settings, load_settings
 from tokenloom.errors import RequestError
 from tokenloom.methods.defaults import with_methods
-from tokenloom.methods.kv import combine
+from tokenloom.methods.kv import combine, from_press
 from tokenloom.methods.registry import entries, parse, spec_of
 
 
@@ -103,3 +107,49 @@ def test_methods_are_listed_and_shown() -> None:
     shown = run(app, ["methods", "quest"])
     assert shown.exit_code == 0 and "quest(budget=1024, page=16" in shown.stdout.replace("\n", "")
     assert json.loads(run(app, ["methods", "quest", "--json"]).stdout)["arxiv"] == "2406.10774"
+
+
+# -- methods of one's own -----------------------------------------------------------------------------------
+
+EXAMPLE = Path(__file__).parents[3] / "examples" / "own_kv_method.py"
+
+
+def with_modules(*modules: str) -> Settings:
+    return with_methods(load_settings({"methods.modules": list(modules), "methods.kv": "off"}))
+
+
+def test_a_file_brings_methods_of_its_own(tmp_path: Path) -> None:
+    with_modules(str(EXAMPLE))
+    with_modules(str(EXAMPLE))  # a second server in the process
+    engine = build_engine(tiny_files(tmp_path), cache__prefix_caching=False)
+    prompt = text_of(1, 90)
+    plain = bits(answer(engine, prompt))
+    assert bits(answer(engine, prompt, "every_other(recent=90)")) != plain
+    everything = answer(engine, prompt, "every_other(recent=500)")
+    assert tokens(everything) == tokens(answer(engine, prompt))
+    few = answer(engine, prompt, "long_keys(budget=20, window=4)+pyramid+merge")
+    assert bits(few) != plain and len(tokens(few)[0]) == 12
+
+
+def test_a_score_like_kvpress_is_taken() -> None:
+    class Press:
+        """Gets `[1, Hk, n, D]` and gives `[1, Hk, n]`."""
+
+        def score(self, module, hidden_states, keys, values, attentions, kwargs):  # type: ignore[no-untyped-def]
+            assert keys.shape == values.shape == (1, 2, 7, 16)
+            return keys.norm(dim=-1)
+
+    keys = torch.randn(7, 2, 16)
+    assert torch.equal(from_press(Press())(keys, keys, keys[:0]), keys.norm(dim=-1).t())
+
+
+def test_files_that_cannot_be_imported_are_named(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.py"
+    broken.write_text("import nosuchmodule\n")
+    for name in (str(broken), str(tmp_path / "absent.py"), "tokenloom.nosuch"):
+        with pytest.raises(ConfigError, match=f"methods.modules: {re.escape(name)}: "):
+            with_modules(name)
+    twice = tmp_path / "twice.py"
+    twice.write_text(EXAMPLE.read_text().replace("every_other", "quest"))
+    with pytest.raises(ConfigError, match="kv has a method"):
+        with_modules(str(twice))
