@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from tokenloom.calibrate_cli import calibrate_app
 from tokenloom.config import Settings, load_settings
 from tokenloom.errors import TokenloomError
 from tokenloom.version import __version__
@@ -26,6 +27,7 @@ models_app = typer.Typer(no_args_is_help=True, help="Models that tokenloom knows
 app.add_typer(models_app, name="models")
 bench_app = typer.Typer()
 app.add_typer(bench_app, name="bench")
+app.add_typer(calibrate_app, name="calibrate")
 out, err = Console(), Console(stderr=True)
 
 # Options that several commands share. Everything else in the settings tree goes through --set.
