@@ -20,7 +20,7 @@ from tokenloom.engine.outputs import RequestOutput
 from tokenloom.engine.request import Request
 from tokenloom.methods.kv import combine
 from tokenloom.methods.kv.keyformer import H2O, Keyformer
-from tokenloom.methods.kv.noise import mixed, noise, streams, uniform
+from tokenloom.methods.kv.noise import mixed, noise, streams, uniform, unit
 from tokenloom.models.loader import ModelFiles, open_model
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 3, 4, 2, 16
@@ -298,7 +298,7 @@ def test_noise_is_gumbels_and_its_own_for_every_row_key_head_layer_and_seed() ->
     rows = mixed(streams(0, 0, 4, torch.device("cpu"))[:, None, None] ^ torch.arange(200)[:, None])
     keys = mixed(torch.arange(300))
     u = uniform(rows, keys, torch.float64)
-    assert u.unique().numel() > 0.97 * u.numel()  # 24 bits: few of 240,000 are equal
+    assert u.unique().numel() > 0.97 * u.numel()  # 23 bits: few of 240,000 are equal
     for kind in ("gumbel", "gaussian"):
         drawn = noise(kind, rows, keys, torch.float64)
         assert abs(drawn.mean() - 0.5772) < 0.01 and abs(drawn.std() - 1.2825) < 0.01
@@ -308,6 +308,14 @@ def test_noise_is_gumbels_and_its_own_for_every_row_key_head_layer_and_seed() ->
     assert abs(torch.corrcoef(flat[::8]).fill_diagonal_(0)).max() < 0.3
     ends = [streams(seed, layer, 4, torch.device("cpu")) for seed in (0, 1, -1, 10**30) for layer in (0, 1)]
     assert torch.cat(ends).unique().numel() == 32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_bits_make_infinite_noise(dtype: torch.dtype) -> None:
+    # One of 16 million would do: a prompt draws more, and its sums would be NaN.
+    ends = unit(torch.tensor([0, -1, 2**31 - 1, -(2**31)], dtype=torch.int32), dtype)
+    assert (ends > 0).all() and (ends < 1).all()
+    assert ends.log().neg().log().isfinite().all() and (2 * ends - 1).erfinv().isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,12 @@ def uniform(rows: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
     for by, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32)):
         x ^= _shifted(x, by, 32)
         x *= factor
-    return _shifted(x, 8, 32).to(dtype).add_(0.5).mul_(2.0**-24)
+    return unit(x, dtype)
+
+
+def unit(bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Between 0 and 1, by 32 bits. Both ends are excluded in float32 too: so only 23 of the bits count."""
+    return _shifted(bits, 9, 32).to(dtype).add_(0.5).mul_(2.0**-23)
 
 
 def noise(kind: str, rows: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
