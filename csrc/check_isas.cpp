@@ -60,9 +60,9 @@ struct Quantized {
 };
 
 void check_products(const Kernels& kernels, const Kernels& plain, Work& work) {
-    constexpr int columns = 160, n = 43;
+    constexpr int columns = 160, n = 43, widest = 48;
     for (Format format : {Format::Q8_0, Format::Q4_0, Format::Q4_1}) {
-        Weight w{format, n, columns, nullptr, nullptr};
+        Weight w{format, widest, columns, nullptr, nullptr};
         auto data = bytes(static_cast<size_t>(w.groups()) * w.blocks() * block_bytes(format) + 1);
         w.data = data.data() + 1;  // at an odd address
         for (int b = 0; b < w.groups() * w.blocks(); ++b) {
@@ -84,12 +84,12 @@ void check_products(const Kernels& kernels, const Kernels& plain, Work& work) {
             for (int row = 0; row < GROUP; ++row) plain.unpack(w, GROUP * g + row, wanted.data() + row * columns);
             check("unpack_group", static_cast<int>(format), got, wanted, 0.0f);
         }
-        for (int rows : {1, 2, 3, 4, 5, 9, 64, 66}) {
+        for (int rows : {1, 2, 3, 4, 5, 9, 16, 31, 64, 66, 150}) {
             const auto x = normal(static_cast<size_t>(rows) * columns);
             const Quantized mine(kernels, work, x, rows, columns), its(plain, work, x, rows, columns);
             check("quantize", rows, mine.numbers(), its.numbers(), 0.01f);
             for (Then then : {Then::Store, Then::Add, Then::SiluMul}) {
-                w.rows = then == Then::SiluMul ? 32 : n;
+                w.rows = then == Then::SiluMul ? 48 : n;  // three groups of gates
                 std::vector<float> got(static_cast<size_t>(rows) * n, 1.0f), wanted = got;
                 kernels.linear(work, w, its.view, then, got.data(), n, nullptr);
                 plain.linear(work, w, its.view, then, wanted.data(), n, nullptr);
@@ -144,7 +144,7 @@ void check_attention(const Kernels& kernels, const Kernels& plain, Work& work, i
         k.rope_append(work, rotated[side].data(), 15, shape, norm.data(), norm.data(), 1e-5f, angle.data(),
                       angle.data() + 15 * head_dim / 2, to.data(), kv);
         k.attention(work, rotated[side].data(), shape, spans.data(), plan.tasks.data(),
-                    static_cast<int>(plan.tasks.size()), partials.data(), kv, outs[side].data());
+                    static_cast<int>(plan.tasks.size()), partials.data(), kv, outs[side].data(), nullptr);
     }
     check("rope_append", head_dim, rotated[0], rotated[1], 1e-5f);
     check("attention", head_dim, outs[0], outs[1], quantized ? 0.01f : 1e-4f);

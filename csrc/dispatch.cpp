@@ -2,6 +2,11 @@
 
 #include "kernels.h"
 
+#if defined(TOKENLOOM_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #if defined(TOKENLOOM_ARM) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -12,11 +17,30 @@ namespace tokenloom {
 #if defined(TOKENLOOM_X86)
 namespace avx2 { extern const Kernels kernels; }
 namespace avx_vnni { extern const Kernels kernels; }
+#if defined(TOKENLOOM_AMX)
+namespace amx { extern const Kernels kernels; }
+#endif
 namespace avx512_vnni { extern const Kernels kernels; }
 #elif defined(TOKENLOOM_ARM)
 namespace neon { extern const Kernels kernels; }
 #endif
 namespace portable { extern const Kernels kernels; }
+
+#if defined(TOKENLOOM_AMX)
+namespace {
+
+// Linux gives a process tiles when it asks for them, before any of its threads uses one; it knows whether the
+// processor and the system have them.
+bool amx_permitted() {
+    constexpr int request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    unsigned eax, ebx, ecx, edx;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+    constexpr unsigned bf16 = 1u << 22, tile = 1u << 24, int8 = 1u << 25, all = bf16 | tile | int8;
+    return (edx & all) == all && syscall(SYS_arch_prctl, request, tile_data) == 0;
+}
+
+}  // namespace
+#endif
 
 bool head_dim_supported(int head_dim) {
     for (int supported : {8, 16, 32, 64, 80, 96, 128}) {
@@ -26,7 +50,7 @@ bool head_dim_supported(int head_dim) {
 }
 
 const Kernels* const* available_kernels(int* count) {
-    static const Kernels* found[4];
+    static const Kernels* found[5];
     static const int number = [] {
         int n = 0;
 #if defined(TOKENLOOM_X86)
@@ -35,6 +59,9 @@ const Kernels* const* available_kernels(int* count) {
                           __builtin_cpu_supports("f16c");
         if (base && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")) {
+#if defined(TOKENLOOM_AMX)
+            if (amx_permitted()) found[n++] = &amx::kernels;
+#endif
             found[n++] = &avx512_vnni::kernels;
         }
         if (base && __builtin_cpu_supports("avxvnni")) found[n++] = &avx_vnni::kernels;

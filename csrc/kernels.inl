@@ -5,6 +5,7 @@
 #include <utility>
 #include <vector>
 
+#include "amx.h"
 #include "dots.h"
 #include "kernels.h"
 
@@ -17,7 +18,13 @@ namespace {
 
 constexpr int TILE = WIDE == 16 ? 8 : 4;  // activation rows that share the unpacking of a weight
 constexpr int FEW_ROWS = 4;
-constexpr int ROW_BLOCK = 64;   // activation rows that stay in the L2 cache while weights pass by
+#if defined(__AMX_INT8__)
+constexpr int STRIP = 4;  // groups of weight rows that are computed together
+constexpr int ROW_BLOCK = 128;  // activation rows that stay in the L2 cache while weights pass by
+#else
+constexpr int STRIP = 2;
+constexpr int ROW_BLOCK = 64;
+#endif
 constexpr int PREFETCH = 2048;  // bytes of weights, asked for before the first rows meet them
 constexpr int PIECES = 16;      // pieces per thread, so that nobody waits long for the last
 constexpr int FEW_PIECES = 4;   // with so few rows memory is what limits, and long runs of weights read faster

@@ -4,30 +4,31 @@
 
 void quantize_row(const float* x, float factor, const float* norm, int columns, float* normed, int8_t* q,
                   float* scales, float* sums_out) {
+    constexpr int V = BLOCK / WIDE;
     for (int b = 0; b < columns / BLOCK; ++b) {
-        f32x8 v[4], most = splat(0.0f);
-        for (int i = 0; i < 4; ++i) {
-            v[i] = load(x + b * BLOCK + 8 * i);
-            if (norm) v[i] = v[i] * splat(factor) * load(norm + b * BLOCK + 8 * i);
-            if (normed) store(normed + b * BLOCK + 8 * i, v[i]);
-            most = max_or_nan(most, abs(v[i]));
+        f32xw v[V];
+        i32xw most{};
+        for (int i = 0; i < V; ++i) {
+            const int at = b * BLOCK + i * WIDE;
+            v[i] = load_wide(x + at);
+            if (norm) v[i] = v[i] * factor * load_wide(norm + at);
+            if (normed) store_wide(normed + at, v[i]);
+            const i32xw size = reinterpret_cast<i32xw>(v[i]) & 0x7fffffff;
+            most = most > size ? most : size;
         }
-        const float amax = max_or_nan(most);
+        const float amax = largest(most);
         const float scale = amax / 127.0f;
         const float inverse = amax > 1e-30f && amax < __builtin_inff() ? 127.0f / amax : 0.0f;
-        int32_t sum_q[8];
-        i32x8 total = splat_int(0);
-        for (int i = 0; i < 4; ++i) {
-            const i32x8 n = round_to_int(inverse > 0.0f ? v[i] * splat(inverse) : splat(0.0f));
+        i32xw total{};
+        for (int i = 0; i < V; ++i) {
+            const i32xw n = round_to_int(inverse > 0.0f ? v[i] * inverse : f32xw{});
             total += n;
-            for (int j = 0; j < 8; ++j) q[b * BLOCK + 8 * i + j] = static_cast<int8_t>(n[j]);
+            const i8xw bytes = __builtin_convertvector(n, i8xw);
+            memcpy(q + b * BLOCK + i * WIDE, &bytes, sizeof bytes);
         }
-        memcpy(sum_q, &total, 32);
-        int32_t s = 0;
-        for (int j = 0; j < 8; ++j) s += sum_q[j];
         // A row that is not finite stays so: its scale is NaN or infinite, and times 0 that is NaN.
         scales[b] = scale;
-        sums_out[b] = scale * static_cast<float>(s);
+        sums_out[b] = scale * static_cast<float>(sum(total));
     }
 }
 
@@ -112,6 +113,14 @@ struct TwoGroups {
 
 #endif
 
+// Adds a block's products to a sum, but for the weights' offsets.
+template <Format F, class Floats, class Ints>
+inline void add_block(Floats& acc, Ints products, Floats d, float scale, float sum) {
+    Floats value = __builtin_convertvector(products, Floats) * scale;
+    if constexpr (F == Format::Q4_0) value -= 8.0f * sum;
+    acc += d * value;
+}
+
 // Weight rows of one group or two times M activation rows; the order of summation does not depend on M, nor on the
 // number of groups, so a row's result is the same in any batch.
 template <Format F, int M, class Groups>
@@ -129,11 +138,7 @@ inline void tile(Groups weights, int blocks, const Activations& x, int row, bool
         typename Groups::Ints products[M];
         weights.template dots<F, M>(a + b * BLOCK, stride, products);
         const Floats d = weights.halves(quant_bytes(F));
-        for (int m = 0; m < M; ++m) {
-            Floats value = __builtin_convertvector(products[m], Floats) * scale[m * blocks + b];
-            if constexpr (F == Format::Q4_0) value -= 8.0f * sum[m * blocks + b];
-            acc[m] += d * value;
-        }
+        for (int m = 0; m < M; ++m) add_block<F>(acc[m], products[m], d, scale[m * blocks + b], sum[m * blocks + b]);
         if constexpr (F == Format::Q4_1) {
             const Floats offset = weights.halves(quant_bytes(F) + 2 * GROUP);
             for (int m = 0; m < M; ++m) acc[m] += offset * sum[m * blocks + b];
@@ -143,107 +148,153 @@ inline void tile(Groups weights, int blocks, const Activations& x, int row, bool
     for (int m = 0; m < M; ++m) out[m] = acc[m];
 }
 
-// Two groups of weight rows (the second may be null) times M activation rows.
+// What a strip of weight rows gives for one row of activations.
+typedef float StripRow[STRIP * GROUP];
+
+// Two groups of weight rows (the second may be null) times M activation rows, to columns `column ..` of `out`.
 template <Format F, int M>
 inline void tile(const uint8_t* w0, const uint8_t* w1, int blocks, const Activations& x, int row, bool ahead,
-                 f32x8* out0, f32x8* out1) {
+                 StripRow* out, int column) {
 #if defined(__AVX512VNNI__)
     if (w1) {
         f32xw both[M];
         tile<F, M>(TwoGroups{w0, w1}, blocks, x, row, ahead, both);
-        for (int m = 0; m < M; ++m) {
-            memcpy(&out0[m], &both[m], sizeof(f32x8));
-            memcpy(&out1[m], reinterpret_cast<const char*>(&both[m]) + sizeof(f32x8), sizeof(f32x8));
-        }
+        for (int m = 0; m < M; ++m) store_wide(out[m] + column, both[m]);
         return;
     }
 #endif
-    tile<F, M>(OneGroup{w0}, blocks, x, row, ahead, out0);
-    if (w1) tile<F, M>(OneGroup{w1}, blocks, x, row, ahead, out1);
+    f32x8 one[M];
+    tile<F, M>(OneGroup{w0}, blocks, x, row, ahead, one);
+    for (int m = 0; m < M; ++m) store(out[m] + column, one[m]);
+    if (w1) {
+        tile<F, M>(OneGroup{w1}, blocks, x, row, ahead, one);
+        for (int m = 0; m < M; ++m) store(out[m] + column + GROUP, one[m]);
+    }
 }
 
 // The same for the rows that are left when tiles of M + 1 no longer fit.
 template <Format F, int M>
 inline void rest(const uint8_t* w0, const uint8_t* w1, int blocks, const Activations& x, int row, int rows, bool ahead,
-                 f32x8* out0, f32x8* out1) {
+                 StripRow* out, int column) {
     if (rows == M) {
-        tile<F, M>(w0, w1, blocks, x, row, ahead, out0, out1);
+        tile<F, M>(w0, w1, blocks, x, row, ahead, out, column);
     } else if constexpr (M > 1) {
-        rest<F, M - 1>(w0, w1, blocks, x, row, rows, ahead, out0, out1);
+        rest<F, M - 1>(w0, w1, blocks, x, row, rows, ahead, out, column);
     }
 }
 
 template <Format F>
 inline void tiles(const uint8_t* w0, const uint8_t* w1, int blocks, const Activations& x, int row, int rows,
-                  f32x8* out0, f32x8* out1) {
+                  StripRow* out, int column) {
     int m = 0;
     for (; m + TILE <= rows; m += TILE) {
-        tile<F, TILE>(w0, w1, blocks, x, row + m, m == 0, out0 + m, out1 + m);
+        tile<F, TILE>(w0, w1, blocks, x, row + m, m == 0, out + m, column);
     }
-    if (m < rows) rest<F, TILE - 1>(w0, w1, blocks, x, row + m, rows - m, m == 0, out0 + m, out1 + m);
+    if (m < rows) rest<F, TILE - 1>(w0, w1, blocks, x, row + m, rows - m, m == 0, out + m, column);
 }
 
-inline f32x8 bias_of(const Weight& w, int g) {
-    if (!w.bias) return splat(0.0f);
-    float padded[GROUP] = {};
-    memcpy(padded, w.bias + g * GROUP, sizeof(float) * std::min(GROUP, w.rows - g * GROUP));
-    return load(padded);
-}
+#if defined(__AMX_INT8__)
+#include "amx.inl"
+#else
+constexpr bool in_tiles(int) { return false; }
+#endif
 
-inline void put(float* out, f32x8 v, int count, bool add) {
-    if (count >= GROUP) {
-        store(out, add ? load(out) + v : v);
-        return;
+// A strip of weight rows times `rows` rows of activations. Groups may be null.
+template <Format F>
+void strip_of(const uint8_t* const* groups, int blocks, const Activations& x, int first, int rows, StripRow* out) {
+#if defined(__AMX_INT8__)
+    if (in_tiles(x.rows)) return tiles_of_rows<F>(groups, blocks, x, first, rows, out);
+#endif
+    for (int i = 0; i < STRIP; i += 2) {
+        if (groups[i]) tiles<F>(groups[i], groups[i + 1], blocks, x, first, rows, out, i * GROUP);
     }
-    for (int i = 0; i < count; ++i) out[i] = add ? out[i] + v[i] : v[i];
 }
 
-inline f32x8 silu(f32x8 x) { return x / (splat(1.0f) + exp(-x)); }
+// As many biases as F has lanes, from row `first` on.
+template <class F>
+inline F bias_of(const Weight& w, int first) {
+    constexpr int LANES = sizeof(F) / sizeof(float);
+    float padded[LANES] = {};
+    if (w.bias) memcpy(padded, w.bias + first, sizeof(float) * std::min(LANES, w.rows - first));
+    F bias;
+    memcpy(&bias, padded, sizeof bias);
+    return bias;
+}
+
+template <class F>
+inline F silu(F x) {
+    return x / (all<F>(1.0f) + exp(-x));
+}
+
+// Results of as many columns as F has lanes, from `column` on, go to `out`, or the first `count` of them.
+template <class F>
+void put(const StripRow* y, int column, F bias, int rows, float* out, ptrdiff_t stride, int count, bool add) {
+    constexpr int LANES = sizeof(F) / sizeof(float);
+    for (int t = 0; t < rows; ++t, out += stride) {
+        const F v = load_as<F>(y[t] + column) + bias;
+        if (count >= LANES) {
+            store_as(out, add ? load_as<F>(out) + v : v);
+            continue;
+        }
+        for (int i = 0; i < count; ++i) out[i] = add ? out[i] + v[i] : v[i];
+    }
+}
+
+template <class F>
+void put_gated(const StripRow* y, int gate, int up, F bias, F up_bias, int rows, float* out, ptrdiff_t stride) {
+    for (int t = 0; t < rows; ++t, out += stride) {
+        store_as(out, silu<F>(load_as<F>(y[t] + gate) + bias) * (load_as<F>(y[t] + up) + up_bias));
+    }
+}
 
 template <Format F>
 void linear_of(Work& work, const Weight& w, const Activations& x, Then then, float* out, ptrdiff_t stride,
                LowRankPass* bypasses) {
-    const int blocks = w.blocks();
-    const int groups = then == Then::SiluMul ? w.groups() / 2 : w.groups();
-    const int row_blocks = (x.rows + ROW_BLOCK - 1) / ROW_BLOCK;
+    const bool gated = then == Then::SiluMul, few = x.rows <= FEW_ROWS, tiled = in_tiles(x.rows);
+    const int blocks = w.blocks(), groups = gated ? w.groups() / 2 : w.groups();
+    // Groups of weights that are computed together: neighbours, for SiluMul of either half of the columns.
+    const int together = tiled ? STRIP : 2, step = gated ? together / 2 : together;
+    const int strips = (groups + step - 1) / step, row_blocks = (x.rows + ROW_BLOCK - 1) / ROW_BLOCK;
     // Few rows: pieces of at least 16 KiB of weights. Many rows: more than that per piece anyway.
-    const int least = std::max(1, 16384 / (blocks * block_bytes(F)));
-    const bool few = x.rows <= FEW_ROWS;
-    const int pieces = few ? pieces_of(groups, work.threads(), least, FEW_PIECES)
-                            : pieces_of(groups, work.threads(), 1, PIECES);
+    const int least = few ? std::max(1, 16384 / (together * blocks * block_bytes(F))) : 1;
+    const int pieces = pieces_of(strips, work.threads(), least, few ? FEW_PIECES : PIECES);
     const int before = bypasses ? middle_pieces(*bypasses) : 0;
     work.each(before + pieces * row_blocks, [&](int piece) {
         if (piece < before) return middle(*bypasses, piece);
         piece -= before;
-        const int first = piece / pieces * ROW_BLOCK, rows = std::min(ROW_BLOCK, x.rows - first);
-        const int p = piece % pieces;
-        // One half of the columns beside the other for SiluMul, else neighbours.
-        const bool gated = then == Then::SiluMul;
-        f32x8 y[2][ROW_BLOCK];
-        const int end = begin_of(p + 1, pieces, groups), step = gated ? 1 : 2;
-        for (int g = begin_of(p, pieces, groups); g < end; g += step) {
-            const int second = gated ? g + groups : g + 1;
-            const bool two = gated || second < end;
-            tiles<F>(w.group(g), two ? w.group(second) : nullptr, blocks, x, first, rows, y[0], y[1]);
-            if (before) {
-                wait_for(bypasses->ready, before);
-                add_low_rank(*bypasses, g * GROUP, first, rows, y[0]);
-                if (two) add_low_rank(*bypasses, second * GROUP, first, rows, y[1]);
+        const int first = begin_of(piece / pieces, row_blocks, x.rows);
+        const int rows = begin_of(piece / pieces + 1, row_blocks, x.rows) - first, p = piece % pieces;
+        const Tiles configured(tiled, BLOCK);
+        StripRow y[ROW_BLOCK];
+        for (int strip = begin_of(p, pieces, strips); strip < begin_of(p + 1, pieces, strips); ++strip) {
+            int ids[STRIP];
+            const uint8_t* weights[STRIP] = {};
+            for (int i = 0; i < together; ++i) {
+                const int g = strip * step + i % step;
+                ids[i] = i < step ? g : g + groups;
+                if (g < groups) weights[i] = w.group(ids[i]);
             }
-            float* to = out + static_cast<ptrdiff_t>(first) * stride + g * GROUP;
-            const f32x8 bias[] = {bias_of(w, g), two ? bias_of(w, second) : splat(0.0f)};
-            if (gated) {
-                for (int t = 0; t < rows; ++t) {
-                    store(to + t * stride, silu(y[0][t] + bias[0]) * (y[1][t] + bias[1]));
+            strip_of<F>(weights, blocks, x, first, rows, y);
+            if (before) wait_for(bypasses->ready, before);
+            for (int i = 0; before && i < together; ++i) {
+                if (weights[i]) add_low_rank(*bypasses, ids[i] * GROUP, first, rows, y, i * GROUP);
+            }
+            float* to = out + static_cast<ptrdiff_t>(first) * stride + strip * step * GROUP;
+            const auto put_group = [&](auto lanes, int i) {
+                typedef decltype(lanes) Lanes;
+                const int column = i * GROUP, row = ids[i] * GROUP;
+                const Lanes bias = bias_of<Lanes>(w, row);
+                if (gated) {
+                    const int up = (step + i) * GROUP;
+                    put_gated(y, column, up, bias, bias_of<Lanes>(w, ids[step + i] * GROUP), rows, to + column, stride);
+                } else {
+                    put(y, column, bias, rows, to + column, stride, w.rows - row, then == Then::Add);
                 }
-                continue;
-            }
-            for (int i = 0; i < (two ? 2 : 1); ++i) {
-                const int count = w.rows - (g + i) * GROUP;
-                for (int t = 0; t < rows; ++t) {
-                    put(to + t * stride + i * GROUP, y[i][t] + bias[i], count, then == Then::Add);
-                }
-            }
+            };
+            constexpr int WIDTH = WIDE / GROUP;  // groups of a wide vector
+            int i = 0;
+            for (; i + WIDTH <= step && weights[i + WIDTH - 1]; i += WIDTH) put_group(f32xw{}, i);
+            for (; i < step && weights[i]; ++i) put_group(f32x8{}, i);
         }
     });
 }

@@ -77,8 +77,8 @@ void middle(LowRankPass& pass, int piece) {
     pass.ready.fetch_add(1, std::memory_order_release);
 }
 
-// Adds to y[t], eight outputs of row `first + t` from output `out` on.
-void add_low_rank(const LowRankPass& pass, int out, int first, int rows, f32x8* y) {
+// Adds to columns `column ..` of y[t] what row `first + t` has for eight outputs from `out` on.
+void add_low_rank(const LowRankPass& pass, int out, int first, int rows, float (*y)[STRIP * GROUP], int column) {
     for (const auto& run : pass.runs) {
         const int begin = std::max(first, run.begin), end = std::min(first + rows, run.end);
         if (begin >= end) continue;
@@ -105,7 +105,8 @@ void add_low_rank(const LowRankPass& pass, int out, int first, int rows, f32x8* 
                     } else {
                         for (int j = 0; j < ranks; ++j) total += columns[j] * z[j];
                     }
-                    y[t - first] += total;
+                    float* to = y[t - first] + column;
+                    store(to, load(to) + total);
                 }
             }
         }

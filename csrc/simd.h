@@ -19,6 +19,7 @@ constexpr int WIDE = 8;
 #endif
 typedef float f32xw __attribute__((vector_size(4 * WIDE)));
 typedef int32_t i32xw __attribute__((vector_size(4 * WIDE)));
+typedef int8_t i8xw __attribute__((vector_size(WIDE)));
 typedef float f32xw_unaligned __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
 typedef int32_t i32xw_unaligned __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
 
@@ -39,11 +40,18 @@ static inline f32xw load_wide(const float* p) { return *reinterpret_cast<const f
 static inline i32xw load_wide(const int32_t* p) { return *reinterpret_cast<const i32xw_unaligned*>(p); }
 static inline void store_wide(float* p, f32xw v) { *reinterpret_cast<f32xw_unaligned*>(p) = v; }
 template <class F>
+static inline F load_as(const float* p) {
+    F v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+template <class F>
+static inline void store_as(float* p, F v) {
+    memcpy(p, &v, sizeof v);
+}
+template <class F>
 static inline F select(ints_of<F> mask, F yes, F no) {
     return mask ? yes : no;
-}
-static inline f32x8 abs(f32x8 v) {
-    return reinterpret_cast<f32x8>(reinterpret_cast<i32x8>(v) & splat_int(0x7fffffff));
 }
 // The larger of each pair; NaN where either is.
 template <class F>
@@ -112,6 +120,29 @@ static inline f32x8 folded(f32xw v) {
     memcpy(&low, &v, sizeof low);
     memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof v - sizeof high, sizeof high);
     return WIDE == 8 ? low : low + high;
+}
+
+// `f` of all lanes, two at a time: it must not matter in which order.
+template <class F>
+static inline int32_t over_lanes(i32xw v, F&& f) {
+    i32x8 low, high;
+    memcpy(&low, &v, sizeof low);
+    memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof v - sizeof high, sizeof high);
+    if (WIDE > 8) low = f(low, high);
+    low = f(low, __builtin_shufflevector(low, low, 4, 5, 6, 7, 0, 1, 2, 3));
+    low = f(low, __builtin_shufflevector(low, low, 2, 3, 0, 1, 6, 7, 4, 5));
+    low = f(low, __builtin_shufflevector(low, low, 1, 0, 3, 2, 5, 4, 7, 6));
+    return low[0];
+}
+static inline int32_t sum(i32xw v) {
+    return over_lanes(v, [](i32x8 a, i32x8 b) { return a + b; });
+}
+// The largest of floats without sign, as their bits have it: NaN above infinity.
+static inline float largest(i32xw bits) {
+    const int32_t most = over_lanes(bits, [](i32x8 a, i32x8 b) { return a > b ? a : b; });
+    float x;
+    memcpy(&x, &most, sizeof x);
+    return x;
 }
 
 // e^x to 2e-7 relative, by reduction to |r| <= ln 2 / 2 and a Taylor polynomial of degree 7. NaN stays NaN;

@@ -215,6 +215,35 @@ def test_every_instruction_set_computes_the_same_product(name: str, isa: str) ->
     assert ((times(weight, x) - expected).abs() <= 1e-6 * added).all()
 
 
+@pytest.mark.skipif("AVX512-VNNI+AMX" not in ISAS, reason="a machine with AMX is needed")
+@settings(max_examples=150, deadline=None)
+@given(
+    formats,
+    st.integers(1, 100),
+    st.integers(1, 30),
+    st.integers(1, 70) | st.sampled_from([127, 128, 129, 145, 300]),
+    st.sampled_from([None, torch.nan, torch.inf]),
+    seeds,
+)
+def test_tiles_give_the_same_bits_as_vectors(
+    name: str, n: int, blocks: int, rows: int, value: float | None, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    weight, x = weight_of(name, n, 32 * blocks), torch.randn(rows, 32 * blocks)
+    before, row = torch.randn(rows, n), seed % rows
+    if value is not None:
+        x[row, seed % (32 * blocks)] = value
+    results = []
+    for isa in ("AVX512-VNNI+AMX", "AVX512-VNNI"):
+        native.use_isa(isa)
+        results.append((times(weight, x), times(weight, x, before.clone(), add=True)))
+    finite = torch.ones(rows, dtype=torch.bool)
+    finite[row] = value is None
+    for tiles, vectors in zip(*results, strict=True):
+        assert torch.equal(bits(tiles[finite]), bits(vectors[finite]))
+        assert not tiles[~finite].isfinite().any() and not vectors[~finite].isfinite().any()
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_instruction_set_reaches_the_ends_of_its_integers(name: str, isa: str) -> None:
