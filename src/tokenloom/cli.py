@@ -410,7 +410,16 @@ def bench_kv(
     )
     with err.status("loading") as status:
         kinds = [kind.strip() for kind in probe.split(",")]
-        results = measure(settings, found, kinds, sizes, source=text, seed=seed, tell=status.update)
+        results = measure(
+            settings,
+            found,
+            kinds,
+            sizes,
+            source=text,
+            seed=seed,
+            tell=status.update,
+            keep=lambda so_far: report.write_json(so_far, output),
+        )
     files = report.write(results, output)
     if json_:
         print(json.dumps(results, indent=2))

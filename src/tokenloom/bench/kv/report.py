@@ -104,11 +104,17 @@ def print_table(results: dict[str, Any], console: Console) -> None:
         console.print(f"left out: {row['spec']}: {row['error']}", highlight=False, markup=False)
 
 
+def write_json(results: dict[str, Any], folder: Path) -> Path:
+    """Write results.json; the folder is made where there is none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "results.json"
+    file.write_text(json.dumps(results, indent=2))
+    return file
+
+
 def write(results: dict[str, Any], folder: Path) -> list[Path]:
     """Write results.json, and pareto.png where matplotlib is installed; the files written."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / "results.json"]
-    files[0].write_text(json.dumps(results, indent=2))
+    files = [write_json(results, folder)]
     if all(row["error"] is not None for row in results["methods"][1:]):
         return files
     try:

@@ -32,6 +32,7 @@ def measure(
     source: str = "docs",
     seed: int = 0,
     tell: Callable[[str], None] = lambda line: None,
+    keep: Callable[[dict[str, Any]], object] = lambda results: None,
 ) -> dict[str, Any]:
     """Run every probe under dense attention and under every candidate.
 
@@ -39,7 +40,7 @@ def measure(
         found: of `candidates`; the first is dense attention.
         kinds: of `probes.KINDS`.
         source, seed: of the text, and of where in it a probe begins.
-        tell: is told what runs now.
+        tell: is told what runs now; keep: is given the results so far, after each candidate.
 
     Returns:
         Ready for JSON: see `docs/methods/kv.md`. A candidate that the engine refuses has an `error`.
@@ -85,6 +86,7 @@ def measure(
         except RequestError as error:
             row["error"] = str(error)
         row["groups"] = _by_group(row["probes"])
+        keep(results)
     return results
 
 
