@@ -320,9 +320,9 @@ NB_MODULE(_native, m) {
              "head_dim"_a, "eps"_a)
         .def("add", &Layers::add, "input_norm"_a, "qkv"_a, "q_norm"_a.none(), "k_norm"_a.none(), "o"_a,
              "post_norm"_a, "gate_up"_a, "down"_a, "window"_a)
-        .def("forward", &Layers::forward, "x"_a.noconvert(), "begin"_a, "end"_a, "kv"_a, "cos"_a, "sin"_a,
-             "slots"_a, "spans"_a, "blocks"_a, "block_size"_a, "bypasses"_a, "taps"_a,
-             "qkv"_a.noconvert().none(), "attended"_a.noconvert().none(), "threads"_a);
+        .def("forward", &Layers::forward, "x"_a.noconvert(), "kv"_a, "cos"_a, "sin"_a, "slots"_a, "spans"_a,
+             "blocks"_a, "block_size"_a, "bypasses"_a, "taps"_a, "qkv"_a.noconvert().none(), "attend"_a.none(),
+             "threads"_a);
     nb::class_<KV>(m, "KV")
         .def(nb::init<std::vector<Cache>, std::vector<Cache>, std::vector<Scales>, std::vector<Scales>>(),
              "keys"_a.noconvert(), "values"_a.noconvert(), "key_scales"_a.noconvert(),

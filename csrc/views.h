@@ -225,15 +225,15 @@ class Layers {
         weights_.insert(weights_.end(), {qkv, o, gate_up, down});
     }
 
-    void forward(Out x, int begin, int end, const KV& kv, Rows cos, Rows sin, Vector<int64_t> slots, Table table,
-                 Vector<int32_t> blocks, int block_size, const std::vector<BypassArgs>& bypasses,
-                 const std::vector<TapArgs>& taps, std::optional<Out> qkv, std::optional<Rows> attended,
-                 int threads) const {
+    // Where `attend` is given it is called for each layer, once that layer's queries, keys and values lie in qkv, and
+    // returns what attention gives, [T, q_width].
+    void forward(Out x, const KV& kv, Rows cos, Rows sin, Vector<int64_t> slots, Table table, Vector<int32_t> blocks,
+                 int block_size, const std::vector<BypassArgs>& bypasses, const std::vector<TapArgs>& taps,
+                 std::optional<Out> qkv, std::optional<nb::callable> attend, int threads) const {
         const int rows = static_cast<int>(x.shape(0));
         const int half = shape_.head_dim / 2;
-        if (begin < 0 || end > 2 * static_cast<int>(layers_.size()) || kv.layers.size() != layers_.size() ||
-            kv.heads != shape_.kv_heads || kv.head_dim != shape_.head_dim) {
-            bad("layers: out of range, or a cache of another model");
+        if (kv.layers.size() != layers_.size() || kv.heads != shape_.kv_heads || kv.head_dim != shape_.head_dim) {
+            bad("kv: a cache of another model");
         }
         if (static_cast<int>(x.shape(1)) != shape_.width || x.stride(0) != shape_.width) bad("x: wrong shape");
         if (static_cast<int>(cos.shape(0)) != rows || static_cast<int>(cos.shape(1)) != half ||
@@ -248,23 +248,13 @@ class Layers {
         check_slots(slots, rows, kv.num_slots);
         auto spans = spans_of(table, blocks, rows, block_size, kv.num_slots);
         LayerRows batch{x.data(), rows, cos.data(), sin.data(), slots.data(), block_size, std::move(spans), {}, {}};
-        const bool begins_behind = begin % 2 == 1, ends_before = end % 2 == 1;
-        if ((begins_behind || ends_before) && !qkv) bad("qkv: expected, since attention is left to the caller");
-        if (qkv) {
-            if (static_cast<int>(qkv->shape(0)) != rows || static_cast<int>(qkv->shape(1)) != shape_.qkv_width() ||
-                qkv->stride(0) != shape_.qkv_width()) {
+        if (attend) {
+            if (!qkv || static_cast<int>(qkv->shape(0)) != rows ||
+                static_cast<int>(qkv->shape(1)) != shape_.qkv_width() || qkv->stride(0) != shape_.qkv_width()) {
                 bad("qkv: wrong shape");
             }
             check_rows(*qkv, "qkv");
             batch.qkv = qkv->data();
-        }
-        if (begins_behind) {
-            if (!attended || static_cast<int>(attended->shape(0)) != rows ||
-                static_cast<int>(attended->shape(1)) != shape_.q_width() || attended->stride(0) != shape_.q_width()) {
-                bad("attended: wrong shape");
-            }
-            check_rows(*attended, "attended");
-            batch.attended = attended->data();
         }
         std::vector<std::vector<const LowRank*>> loras;
         loras.reserve(bypasses.size());
@@ -275,8 +265,23 @@ class Layers {
             batch.bypasses.push_back({first, last, loras.back().data()});
         }
         for (const auto& [place, first, units] : taps) batch.taps.push_back(tap_of(kv, rows, place, first, units));
-        nb::gil_scoped_release release;
-        run_layers(isa(), threads, shape_, layers_, kv.layers, begin, end, batch);
+        const auto run = [&](int begin, int end) {
+            nb::gil_scoped_release release;
+            run_layers(isa(), threads, shape_, layers_, kv.layers, begin, end, batch);
+        };
+        const int halves = 2 * static_cast<int>(layers_.size());
+        if (!attend) return run(0, halves);
+        run(0, 1);
+        for (int half = 1; half < halves; half += 2) {
+            const auto attended = nb::cast<Rows>((*attend)(half / 2));
+            if (static_cast<int>(attended.shape(0)) != rows || static_cast<int>(attended.shape(1)) != shape_.q_width() ||
+                attended.stride(0) != shape_.q_width()) {
+                bad("attend: what it returns has the wrong shape");
+            }
+            check_rows(attended, "attend");
+            batch.attended = attended.data();
+            run(half, std::min(half + 2, halves));
+        }
     }
 
   private:

@@ -219,8 +219,6 @@ def arguments(model: Runner) -> dict[str, Any]:
     kv = model.cache()
     return {
         "x": torch.zeros(3, 64),
-        "begin": 0,
-        "end": 4,
         "kv": native.KV(kv.keys, kv.values, [], []),
         "cos": torch.zeros(3, 8),
         "sin": torch.zeros(3, 8),
@@ -230,8 +228,8 @@ def arguments(model: Runner) -> dict[str, Any]:
         "block_size": BLOCK,
         "bypasses": [],
         "taps": [],
-        "qkv": None,
-        "attended": None,
+        "qkv": torch.zeros(3, 128),
+        "attend": lambda layer: torch.zeros(3, 64),
         "threads": 1,
     }
 
@@ -254,11 +252,8 @@ REFUSED: dict[str, tuple[str, Callable[[], Any], str]] = {
     "block": ("blocks", lambda: torch.tensor([64], dtype=torch.int32), "blocks: block 64 is outside"),
     "span": ("spans", lambda: torch.tensor([[1, 3, 3, 0]], dtype=torch.int32), "spans: row 0"),
     "block_size": ("block_size", lambda: 0, "block_size"),
-    "end": ("end", lambda: 5, "layers: out of range"),
-    "end before attention": ("end", lambda: 3, "qkv: expected"),
-    "begin behind attention": ("begin", lambda: 1, "qkv: expected"),
     "qkv": ("qkv", lambda: torch.zeros(3, 96), "qkv: wrong shape"),
-    "begin": ("begin", lambda: -1, "layers: out of range"),
+    "what attend returns": ("attend", lambda: lambda layer: torch.zeros(3, 63), "attend: what it returns"),
     "a cache of another model": ("kv", one_layer, "a cache of another model"),
     "threads": ("threads", lambda: 0, "threads"),
 }

@@ -226,8 +226,6 @@ def forward(model: Runner, **changed: Any) -> None:
     cos, sin = model.decoder.rope.cos_sin(batch.positions)
     good = {
         "x": torch.zeros(21, 64),
-        "begin": 0,
-        "end": 4,
         "kv": native.KV(kv.keys, kv.values, [], []),
         "cos": cos,
         "sin": sin,
@@ -238,7 +236,7 @@ def forward(model: Runner, **changed: Any) -> None:
         "bypasses": [(0, 21, [lora_of(), None, None, None] * 2)],
         "taps": [(0, 0, places(model, 21)["input"])],
         "qkv": None,
-        "attended": None,
+        "attend": None,
         "threads": 1,
     }
     fused._native.forward(**{**good, **changed})

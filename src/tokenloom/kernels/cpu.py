@@ -192,7 +192,6 @@ class FusedLayers:
     """All layers of a decoder in one call."""
 
     def __init__(self, shape: ModelShape, layers: Sequence[LayerWeights]) -> None:
-        self.num_layers = len(layers)
         self.num_heads, self.num_kv_heads = shape.num_heads, shape.num_kv_heads
         self.head_dim = shape.head_dim
         self._native = native.Layers(
@@ -238,36 +237,29 @@ class FusedLayers:
                 return False
             taps += [(PLACES.index(site), tap.rows.start, where) for site, where in units.items()]
         table, blocks = span_table(batch.spans)
+        qkv, attend_to = None, None
+        if attend is not None:
+            qkv = torch.empty(len(x), (self.num_heads + 2 * self.num_kv_heads) * self.head_dim)
+            q = qkv[:, : self.num_heads * self.head_dim].unflatten(1, (self.num_heads, self.head_dim))
 
-        def run(begin: int, end: int, qkv: Tensor | None = None, attended: Tensor | None = None) -> None:
-            """Halves of layers; see `run_layers` in csrc/layers.h."""
-            self._native.forward(
-                x,
-                begin,
-                end,
-                native_cache(kv),
-                cos,
-                sin,
-                batch.slots,
-                table,
-                blocks,
-                kv.block_size,
-                bypasses,
-                taps,
-                qkv,
-                attended,
-                torch.get_num_threads(),
-            )
+            def attend_to(layer: int) -> Tensor:
+                return attend(layer, q).flatten(1)
 
-        halves = 2 * self.num_layers
-        if attend is None:
-            run(0, halves)
-            return True
-        qkv = torch.empty(len(x), (self.num_heads + 2 * self.num_kv_heads) * self.head_dim)
-        q = qkv[:, : self.num_heads * self.head_dim].unflatten(1, (self.num_heads, self.head_dim))
-        run(0, 1, qkv)
-        for i in range(self.num_layers):
-            run(2 * i + 1, min(2 * i + 3, halves), qkv, attend(i, q).flatten(1))
+        self._native.forward(
+            x,
+            native_cache(kv),
+            cos,
+            sin,
+            batch.slots,
+            table,
+            blocks,
+            kv.block_size,
+            bypasses,
+            taps,
+            qkv,
+            attend_to,
+            torch.get_num_threads(),
+        )
         return True
 
 

@@ -103,6 +103,8 @@ class Decoder:
                 spans.append(part.segment.span)
             else:
                 chosen.append((part.rows, attended))
+        if not spans and len(chosen) == 1:
+            return chosen[0][1]
         out = self.kernels.attention(q, kv, index, spans, window)
         for where, attended in chosen:
             out[where] = attended

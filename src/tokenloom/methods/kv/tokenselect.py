@@ -86,9 +86,9 @@ class TokenSelectPolicy(KVPolicy):
         prompt, chunk = self.shape.prompt_tokens, self.knobs.chunk
         if start >= prompt:
             return min(1, most)
-        wanted = min(wanted, prompt - start)
+        n = min(wanted, most, prompt - start)
         # Whole chunks, so that the choice does not depend on what else is in the batch.
-        return wanted if wanted <= most or not self.knobs.prefill else most // chunk * chunk
+        return n if start + n == prompt or not self.knobs.prefill else n // chunk * chunk
 
     def attends(self, start: int, stop: int) -> bool:
         return start >= self.shape.prompt_tokens or (self.knobs.prefill and stop > self.knobs.budget)
