@@ -97,8 +97,8 @@ def by_group(case: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def measure_quality(args: argparse.Namespace, ratios: list[float]) -> list[dict[str, Any]]:
-    sizes = Sizes(rows=args.rows, samples=args.samples, depths=(0.2, 0.5, 0.8), places={"middle": 0.5})
-    probes = probes_of(["text", "copy", "needle", "multikey"], sizes)
+    sizes = Sizes(rows=args.rows, samples=args.samples, places={"middle": 0.5})
+    probes = probes_of(["text", "copy", "multikey"], sizes)
     job = {"threads": args.threads, "quality": True, "probes": probes}
     rows = []
     for side in SAME_WEIGHTS:
@@ -137,7 +137,7 @@ def measure_cost(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def print_tables(results: dict[str, Any], console: Console) -> None:
     console.print(f"{results['machine']}; {results['date']}", highlight=False)
-    heads = ("KL", "top-1", "perplexity", "copy NLL", "needle", "needle NLL", "keys", "keys NLL")
+    heads = ("KL", "top-1", "perplexity", "copy NLL", "keys", "keys NLL")
     table = Table("method", "kept", *heads, title="tokenloom / kvpress")
     rows = {(row["side"], row["method"], row["ratio"]): row["groups"] for row in results["quality"]}
     for (side, method, ratio), ours in rows.items():
@@ -163,9 +163,7 @@ def print_tables(results: dict[str, Any], console: Console) -> None:
 def _cells(groups: dict[str, dict[str, float]]) -> list[str]:
     text, copy = groups["text"], groups["copy middle"]
     cells = [f"{text['kl']:.3f}", f"{text['agreement']:.2f}", f"{exp(text['nll']):.2f}", f"{copy['nll']:.2f}"]
-    for group in ("needle", "multikey"):
-        cells += [f"{groups[group]['exact']:.2f}", f"{groups[group]['nll']:.2f}"]
-    return cells
+    return [*cells, f"{groups['multikey']['exact']:.2f}", f"{groups['multikey']['nll']:.2f}"]
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
@@ -177,7 +175,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     panels = (
         ("text", "kl", "text: KL to dense"),
         ("copy middle", "nll", "copy: NLL"),
-        ("needle", "nll", "needle: NLL"),
+        ("multikey", "nll", "keys: NLL"),
     )
     figure, axes = pyplot.subplots(1, 5, figsize=(19, 4), layout="constrained")
     for axis, (group, key, title) in zip(axes, panels, strict=False):
