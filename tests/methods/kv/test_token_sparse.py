@@ -16,6 +16,7 @@ from tokenloom import LLM, SamplingParams
 from tokenloom.calibrate_cli import calibrate_app
 from tokenloom.engine.request import Request
 from tokenloom.errors import RequestError
+from tokenloom.kernels import native
 from tokenloom.methods.kv import combine, token_sparse
 from tokenloom.methods.kv.calibration import load
 from tokenloom.methods.kv.token_sparse import TokenSparsePolicy, kept_tokens
@@ -137,6 +138,18 @@ def test_the_whole_prompt_at_once(tmp_path: Path) -> None:
     torch.testing.assert_close(out, masked(q, keys, values, kept, 0))
     assert (out == 0).all(-1).any()
     assert not any(call[5] is not None for call in Trace(tiny(tmp_path), prompts(300)[0], spec).calls)
+
+
+@pytest.mark.skipif(native is None, reason="no native kernels were built")
+def test_native_kernels_attend_alike(tmp_path: Path) -> None:
+    llm = tiny(tmp_path, model__dtype="float32", model__backend="cpu")
+    trace = Trace(llm, prompts(128)[0], SPEC)
+    _, start, q, keys, values, kept, out = next(call for call in trace.calls if call[5] is not None)
+    assert kept is not None and out is not None
+    end = start + 32
+    torch.testing.assert_close(
+        out[:32], masked(q[:32], keys[:end], values[:end], kept, start), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_keeping_everything_is_plain_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,8 @@ class TokenSparse(Prefill):
 
     Attributes:
         tau: attention mass that may be dropped in a layer; larger is sparser, 0 is dense.
-        window: the last rows, which say what matters, and are always kept.
+        window: the last rows, which say what matters, and are always kept. The paper's is 128, of prompts far
+            longer than `rows`; here it would cost half of dense attention's products to choose.
         pool: width of the average over neighbours, odd; 1: none.
         min_tokens: kept besides the window at least; shorter prompts are dense.
         delta: the part of the layers, those of least drift (`tokenloom calibrate token_sparse`), that leave
@@ -47,7 +48,7 @@ class TokenSparse(Prefill):
     """
 
     tau: float = 0.005
-    window: int = 128
+    window: int = 32
     pool: int = 7
     min_tokens: int = 1024
     delta: float = 0.5
@@ -181,12 +182,13 @@ def attend_kept(layer: int, q: Tensor, kept: Tensor, start: int, cached: CachedT
     own = (kept >= start).sum(1)
     most = int(own.max())
     # Rows are as many in every head: one with fewer computes the rows of earlier tokens too, for nothing.
-    row = (kept[:, -most:] - start).repeat_interleave(num_heads // len(kept), 0).t()  # [most, Hq]
-    gathered = q.gather(0, row.clamp_min(0)[..., None].expand(-1, -1, head_dim))
+    row = (
+        (kept[:, -most:] - start).repeat_interleave(num_heads // len(kept), 0).t().contiguous()
+    )  # [most, Hq]
+    head = torch.arange(num_heads, device=q.device)
     cells = cached.cells(layer, kept)
     cached.tokens_read += cells.numel()
-    attended = cached.kernels.attention_at(gathered, cached.kv, cells)  # type: ignore[arg-type]
+    attended = cached.kernels.attention_at(q[row.clamp_min(0), head], cached.kv, cells)  # type: ignore[arg-type]
     out = q.new_zeros(n + 1, num_heads, head_dim)
-    # Row n takes what nobody asked for.
-    out.scatter_(0, torch.where(row < 0, n, row)[..., None].expand(-1, -1, head_dim), attended)
+    out[torch.where(row < 0, n, row), head] = attended  # row n takes what nobody asked for
     return out[:n]
