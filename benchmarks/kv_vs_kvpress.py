@@ -202,8 +202,10 @@ def plot(results: dict[str, Any], path: Path) -> None:
             axis.bar(places, [own[name] for name in names], 0.27, label=side)
         axis.set_xticks(range(len(names)), names, rotation=30)
         axis.set_title(title)
-        axis.legend()
-    figure.legend(loc="outside lower center", ncols=6)
+        axis.margins(y=0.3)
+        axis.legend(loc="upper right", ncols=3, fontsize="x-small")
+    axes[0].set_yscale("log")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 

@@ -74,7 +74,7 @@ def print_table(results: dict[str, Any], console: Console) -> None:
         highlight=False,
     )
     shown = [entry for entry in QUALITY if entry[1] in methods[0]["groups"]]
-    method = Column("method", overflow="fold", min_width=24)
+    method = Column("method", overflow="fold", min_width=16)
     title = "quality; copy and summary in nats, needle and keys: found"
     table = Table(method, *[entry[0] for entry in shown], title=title)
     for row in (row for row in methods if row["error"] is None):
