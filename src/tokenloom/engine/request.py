@@ -153,8 +153,11 @@ class Sequence:
                 break
             self.table.adopt(block)
         if self.policy is not None:
-            shared = self.policy.shared_tokens(len(self.table.blocks) * pool.block_size)
-            self.table.cut(shared // pool.block_size)
+            # Neither a part of what the policy computes together, nor a part of a block.
+            tokens = len(self.table.blocks) * pool.block_size
+            while (shared := self.policy.shared_tokens(tokens)) < tokens:
+                tokens = shared // pool.block_size * pool.block_size
+            self.table.cut(tokens // pool.block_size)
         self.num_computed = len(self.table.blocks) * pool.block_size
         return self.num_computed
 
@@ -173,13 +176,18 @@ class Sequence:
             self.policy = self.request.kv.policy(shape)
             self.cached = CachedTokens(kv, self.table, kernels)
 
-    def forget_kv(self) -> None:
-        """Give all blocks back; every token waits to be computed again."""
-        if self.cached is not None and self.request.kv is not None and self.shape is not None:
+    def release_kv(self) -> None:
+        """Give all blocks back."""
+        if self.cached is not None:
             self.cached.clear()
-            self.policy = self.request.kv.policy(self.shape)
         self.table.clear()
         self.num_computed = 0
+
+    def restart_kv(self) -> None:
+        """Give all blocks back; every token waits to be computed again, under a policy that knows nothing."""
+        self.release_kv()
+        if self.request.kv is not None and self.shape is not None:
+            self.policy = self.request.kv.policy(self.shape)
 
     def fork(self, index: int, detokenizer: Detokenizer) -> Sequence:
         """A sibling that shares the KV of everything computed so far."""

@@ -64,7 +64,7 @@ class Scheduler:
             self.running.remove(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
-        sequence.forget_kv()
+        sequence.release_kv()
 
     def schedule(self) -> Plan:
         plan = Plan()
@@ -111,7 +111,7 @@ class Scheduler:
     def _preempt(self, plan: Plan, victim: Sequence) -> None:
         plan.num_rows -= plan.rows.pop(victim, 0)
         self.running.remove(victim)
-        victim.forget_kv()
+        victim.restart_kv()
         self.num_preemptions += 1
         self.add(victim)
 
@@ -129,7 +129,7 @@ class Scheduler:
             while sequence.table.missing(len(sequence.tokens)) > self.pool.num_available and self.reclaim():
                 continue
             if sequence.table.missing(len(sequence.tokens)) > self.pool.num_available:
-                sequence.forget_kv()
+                sequence.release_kv()
                 return  # first come, first served: nobody overtakes
             self.waiting.remove(sequence)
             self._count_admission(request, hits)

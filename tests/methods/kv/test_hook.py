@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from kv_rig import BLOCK, answer, bits, build_engine, request, run, text_of, tiny_files, tokens
+from tokenloom.cache.block_pool import OutOfBlocks
 from tokenloom.cache.policy import KVPolicy, SequenceShape
 from tokenloom.engine.engine import Engine
 from tokenloom.engine.request import Request
 from tokenloom.errors import RequestError
 from tokenloom.kernels import native
+from tokenloom.methods.kv import Combination
 from tokenloom.models.loader import ModelFiles
 
 PROMPT = text_of(1, 90)
@@ -286,3 +288,59 @@ def test_rows_of_a_prompt_that_are_asked_for_are_computed(files: ModelFiles) -> 
         for i, r in enumerate((request(PROMPT), request(PROMPT, "snapkv(budget=24, window=8)")))
     )
     assert plain.prompt_logprobs == under.prompt_logprobs
+
+
+def test_a_prefix_hit_ends_where_a_whole_chunk_does(files: ModelFiles) -> None:
+    """Chunks of 6 rows and blocks of 4 tokens: only every third block ends with a chunk."""
+    spec = "tokenselect(budget=24, n_init=2, chunk=6, theta=1.0)"
+    plain = build_engine(files, cache__prefix_caching=False, model__backend="reference")
+    caching = build_engine(files, model__backend="reference")
+    answer(caching, PROMPT[:70] + text_of(9, 8), spec)
+    assert bits(answer(caching, PROMPT, spec)) == bits(answer(plain, PROMPT, spec))
+    assert caching.scheduler.prefix_hits == 60
+
+
+def test_a_ring_goes_on_dropping_the_oldest_after_blocks_were_short(
+    files: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = build_engine(files, cache__prefix_caching=False)
+    engine.add(request(PROMPT, "streaming(budget=12)", max_tokens=40))
+    for _ in range(6):
+        engine.step()
+    sequence = engine.scheduler.running[0]
+    assert sequence.cached is not None and sequence.policy is not None
+
+    def short(*args: Any) -> None:
+        raise OutOfBlocks
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sequence.cached, "overwrite", short)
+        engine.step()
+    assert sequence.cached.length == 13
+    dropped, overwrite = [], sequence.cached.overwrite
+
+    def spy(index: torch.Tensor) -> None:
+        dropped.append(index.unique().tolist())
+        overwrite(index)
+
+    monkeypatch.setattr(sequence.cached, "overwrite", spy)
+    engine.step()
+    # Five of the eight that are not sinks were replaced before; these are the two oldest.
+    assert dropped == [[9], [10]]
+    assert sequence.cached.length == 12
+
+
+def test_policies_are_made_when_a_sequence_begins_not_when_it_ends(
+    files: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    plain = Combination.policy
+
+    def spy(self: Combination, shape: SequenceShape) -> KVPolicy:
+        made.append(shape)
+        return plain(self, shape)
+
+    monkeypatch.setattr(Combination, "policy", spy)
+    engine = build_engine(files)
+    answer(engine, PROMPT, "streaming(budget=12)")
+    assert len(made) == 2  # to validate the request, and for its sequence

@@ -48,6 +48,7 @@ class StreamingPolicy(KVPolicy):
     def __init__(self, budget: int, sinks: int, shape: SequenceShape) -> None:
         self.budget, self.sinks, self.shape = budget, sinks, shape
         self.oldest = sinks  # its index
+        self.filled = False  # whether the ring is: its tokens are in order until then
 
     def rows(self, start: int, wanted: int, most: int) -> int:
         end = self.shape.prompt_tokens
@@ -56,20 +57,14 @@ class StreamingPolicy(KVPolicy):
     def drop(self, cached: CachedTokens) -> None:
         if cached.computed < self.shape.prompt_tokens:
             return
-        surplus = cached.length - self.budget
-        if surplus > 1:  # the end of the prompt
+        device = cached.slots().device
+        if not self.filled and cached.length > self.budget:
             newest = torch.arange(cached.length - self.budget + self.sinks, cached.length)
-            index = torch.cat((torch.arange(self.sinks), newest)).to(cached.slots().device)
+            index = torch.cat((torch.arange(self.sinks), newest)).to(device)
             cached.keep([index.expand(self.shape.num_kv_heads, -1)] * self.shape.num_layers)
-            self.oldest = self.sinks
-        elif surplus == 1:
-            cached.overwrite(
-                torch.full(
-                    (self.shape.num_layers, self.shape.num_kv_heads),
-                    self.oldest,
-                    device=cached.slots().device,
-                )
-            )
-            self.oldest += 1
-            if self.oldest == self.budget:
-                self.oldest = self.sinks
+        self.filled = self.filled or cached.length >= self.budget
+        # One token, or more where blocks were short.
+        while cached.length > self.budget:
+            heads = (self.shape.num_layers, self.shape.num_kv_heads)
+            cached.overwrite(torch.full(heads, self.oldest, device=device))
+            self.oldest = self.oldest + 1 if self.oldest + 1 < self.budget else self.sinks
