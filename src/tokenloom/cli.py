@@ -10,12 +10,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from tokenloom.bench_cli import bench_app
 from tokenloom.calibrate_cli import calibrate_app
-from tokenloom.config import Settings, load_settings
+from tokenloom.cli_options import (
+    KV,
+    AdapterFolder,
+    Backend,
+    Config,
+    Device,
+    Dtype,
+    MaxTokens,
+    Model,
+    Quantize,
+    Seed,
+    Set,
+    Temperature,
+    Threads,
+    err,
+    fetch,
+    model_flags,
+    open_llm,
+    out,
+    pairs,
+    read_settings,
+)
 from tokenloom.errors import TokenloomError
 from tokenloom.version import __version__
 
@@ -25,33 +46,8 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 models_app = typer.Typer(no_args_is_help=True, help="Models that tokenloom knows or can open.")
 app.add_typer(models_app, name="models")
-bench_app = typer.Typer()
 app.add_typer(bench_app, name="bench")
 app.add_typer(calibrate_app, name="calibrate")
-out, err = Console(), Console(stderr=True)
-
-# Options that several commands share. Everything else in the settings tree goes through --set.
-Model = Annotated[str | None, typer.Option("--model", "-m", help="Catalog name, folder or .gguf file.")]
-Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
-Quantize = Annotated[
-    str | None, typer.Option(help="Weights in memory: auto (as stored), none (in dtype), q8 or q4.")
-]
-Backend = Annotated[
-    str | None, typer.Option(help="auto, cpu (native), torch or reference (same tokens in any batch).")
-]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; 0 takes torch's own choice.")]
-KV = Annotated[
-    str | None, typer.Option("--kv", help='Cached tokens kept and read, e.g. "snapkv(budget=1024)+int8".')
-]
-Config = Annotated[Path | None, typer.Option("--config", "-c", help="A TOML file of settings.")]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", help="Any setting as KEY=VALUE, e.g. cache.block_size=32.")
-]
-MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
-Temperature = Annotated[float, typer.Option(help="0 picks the most likely token.")]
-Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
-AdapterFolder = Annotated[Path | None, typer.Option("--adapter", "-a", help="A PEFT adapter's folder.")]
 
 
 def main() -> None:
@@ -100,13 +96,13 @@ def serve(
         "model.max_model_len": max_model_len,
         "scheduler.max_batch_tokens": max_batch_tokens,
         "methods.kv": kv,
-        **_model_flags(model, dtype, device, quantize, backend, threads),
+        **model_flags(model, dtype, device, quantize, backend, threads),
     }
     from tokenloom.methods.defaults import with_methods
 
-    settings = with_methods(_settings(flags, config, set_))
+    settings = with_methods(read_settings(flags, config, set_))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    _fetch(settings.model.name)
+    fetch(settings.model.name)
     from tokenloom.engine.async_engine import AsyncEngine
     from tokenloom.engine.engine import Engine
     from tokenloom.serve.app import run_server
@@ -154,8 +150,8 @@ def chat(
     """Chat with a model in the terminal. /reset forgets the conversation, /exit leaves."""
     from tokenloom.engine.sampling_params import SamplingParams
 
-    flags = {"methods.kv": kv, **_model_flags(model, dtype, device, quantize, backend, threads)}
-    llm = _llm(flags, config, set_)
+    flags = {"methods.kv": kv, **model_flags(model, dtype, device, quantize, backend, threads)}
+    llm = open_llm(flags, config, set_)
     name = _load_adapter(llm, adapter)
     params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed)
     start = [{"role": "system", "content": system}] if system else []
@@ -213,8 +209,8 @@ def generate(
     from tokenloom.engine.sampling_params import SamplingParams
 
     text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
-    flags = {"methods.kv": kv, **_model_flags(model, dtype, device, quantize, backend, threads)}
-    llm = _llm(flags, config, set_)
+    flags = {"methods.kv": kv, **model_flags(model, dtype, device, quantize, backend, threads)}
+    llm = open_llm(flags, config, set_)
     name = _load_adapter(llm, adapter)
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed, n=n)
     if n == 1 and not json_:
@@ -267,7 +263,7 @@ def finetune(
         "alpha": alpha,
         "dropout": dropout,
         "target_modules": [name.strip() for name in target_modules.split(",")] if target_modules else None,
-        **_pairs(option, "--option"),
+        **pairs(option, "--option"),
     }
     options = {key: value for key, value in options.items() if value is not None}
     display = Display(err if json_ else out, json_)
@@ -275,8 +271,8 @@ def finetune(
         name = train_on_server(server, api_key, model, data, validation, suffix, seed, options, display)
         print(json.dumps({"fine_tuned_model": name}) if json_ else f"{name} is ready: name it as the model")
         return
-    settings = _settings(_model_flags(model, dtype, device, quantize, backend, threads), config, set_)
-    _fetch(settings.model.name)
+    settings = read_settings(model_flags(model, dtype, device, quantize, backend, threads), config, set_)
+    fetch(settings.model.name)
     folder = train_standalone(settings, data, output, validation, seed, options, display)
     use = shlex.join(["tokenloom", "chat", "--adapter", str(folder), "--model", settings.model.name])
     print(json.dumps({"adapter": str(folder)}) if json_ else f"The adapter is in {folder}. Try:\n{use}")
@@ -326,164 +322,9 @@ def list_methods(
     (show_method(name, out, json_) if name else show_methods(out, json_))
 
 
-@bench_app.callback(invoke_without_command=True)
-def bench(
-    context: typer.Context,
-    model: Model = None,
-    prompt_tokens: Annotated[int, typer.Option(help="Length of the prompts.")] = 512,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to decode per stream.")] = 64,
-    streams: Annotated[list[int] | None, typer.Option(help="Concurrent streams; may be repeated.")] = None,
-    repeats: Annotated[int, typer.Option(help="Runs of each measurement; the median is reported.")] = 3,
-    profile: Annotated[bool, typer.Option(help="Split an iteration into its phases.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
-    dtype: Dtype = None,
-    device: Device = None,
-    quantize: Quantize = None,
-    backend: Backend = None,
-    threads: Threads = None,
-    config: Config = None,
-    set_: Set = None,
-) -> None:
-    """Measure prefill, decode and concurrent streams on this machine; or what the commands below measure."""
-    if context.invoked_subcommand is not None:
-        return
-    from tokenloom.bench.throughput import measure, report
-
-    llm = _llm(_model_flags(model, dtype, device, quantize, backend, threads), config, set_)
-    results = measure(llm, prompt_tokens, new_tokens, streams or [1, 4, 16], repeats, profile)
-    if json_:
-        print(json.dumps(results, indent=2))
-    else:
-        report(results, out)
-
-
-@bench_app.command("kv")
-def bench_kv(
-    specs: Annotated[
-        list[str] | None, typer.Argument(help="What to compare, e.g. snapkv+adakv; by default every method.")
-    ] = None,
-    budget: Annotated[
-        str, typer.Option(help="For specs that name none: tokens, or parts of a prompt.")
-    ] = "128,256",
-    probe: Annotated[
-        str, typer.Option(help="Of text, copy, needle, multikey, summary.")
-    ] = "text,copy,needle",
-    prompt_tokens: Annotated[int, typer.Option(min=64, help="Length of the prompts, but copy's.")] = 1536,
-    rows: Annotated[int, typer.Option(min=2, help="Rows of text that follow, fed one by one.")] = 128,
-    copy_tokens: Annotated[int, typer.Option(min=64, help="Filler around copy's block.")] = 1400,
-    samples: Annotated[int, typer.Option(min=1, help="Texts of each kind; means are reported.")] = 1,
-    keys: Annotated[int, typer.Option(min=1, help="Numbers hidden in a multikey prompt.")] = 8,
-    question_in_prompt: Annotated[
-        bool, typer.Option(help="Methods know the question when they choose what to drop.")
-    ] = False,
-    text: Annotated[str, typer.Option(help="docs, code (both Python's own), or a file.")] = "docs",
-    seed: Annotated[int, typer.Option(help="Of the places in the text, and of all that is drawn.")] = 0,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the files.")] = Path(
-        "results/kv"
-    ),
-    json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
-    model: Model = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    quantize: Quantize = None,
-    backend: Backend = None,
-    threads: Threads = None,
-    config: Config = None,
-    set_: Set = None,
-) -> None:
-    """Compare KV methods: quality by probes; bytes, reads and times. Writes results.json and pareto.png."""
-    from tokenloom.bench.kv import report
-    from tokenloom.bench.kv.probes import Sizes
-    from tokenloom.bench.kv.run import measure
-    from tokenloom.bench.kv.specs import candidates, default_specs, parse_budgets
-
-    found = candidates(specs or default_specs(), parse_budgets(budget))
-    settings = _settings(_model_flags(model, dtype, device, quantize, backend, threads), config, set_)
-    _fetch(settings.model.name)
-    sizes = Sizes(
-        prompt_tokens,
-        rows,
-        copy_tokens,
-        keys=keys,
-        samples=samples,
-        question_in_prompt=question_in_prompt,
-    )
-    with err.status("loading") as status:
-        kinds = [kind.strip() for kind in probe.split(",")]
-        results = measure(
-            settings,
-            found,
-            kinds,
-            sizes,
-            source=text,
-            seed=seed,
-            tell=status.update,
-            keep=lambda so_far: report.write_json(so_far, output),
-        )
-    files = report.write(results, output)
-    if json_:
-        print(json.dumps(results, indent=2))
-    else:
-        report.print_table(results, out)
-        out.print(f"written: {', '.join(map(str, files))}", highlight=False)
-
-
-def _model_flags(
-    model: str | None,
-    dtype: str | None,
-    device: str | None,
-    quantize: str | None,
-    backend: str | None,
-    threads: int | None,
-) -> dict[str, Any]:
-    return {
-        "model.name": model,
-        "model.dtype": dtype,
-        "model.device": device,
-        "model.quantize": quantize,
-        "model.backend": backend,
-        "model.threads": threads,
-    }
-
-
-def _settings(flags: dict[str, Any], config: Path | None, extra: list[str] | None) -> Settings:
-    return load_settings({**flags, **_pairs(extra, "--set")}, config)
-
-
-def _pairs(items: list[str] | None, option: str) -> dict[str, Any]:
-    """KEY=VALUE items; a value that is JSON is read as such."""
-    pairs: dict[str, Any] = {}
-    for item in items or []:
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise typer.BadParameter(f"{item!r} is not KEY=VALUE", param_hint=option)
-        try:
-            pairs[key] = json.loads(value)
-        except json.JSONDecodeError:
-            pairs[key] = value
-    return pairs
-
-
 def _load_adapter(llm: LLM, folder: Path | None) -> str | None:
     """Load an adapter under its folder's name; the name, or None without one."""
     if folder is None:
         return None
     llm.load_adapter(folder.resolve().name, folder)
     return folder.resolve().name
-
-
-def _fetch(name: str) -> None:
-    """Pull a catalog model that is not on this machine yet."""
-    from tokenloom.models.catalog import entries, pull
-
-    if any(entry.name == name and not entry.is_pulled() for entry in entries()):
-        pull(name)
-
-
-def _llm(flags: dict[str, Any], config: Path | None, extra: list[str] | None) -> LLM:
-    from tokenloom.llm import LLM
-
-    settings = _settings(flags, config, extra)
-    _fetch(settings.model.name)
-    with err.status(f"loading {settings.model.name}"):
-        return LLM.from_settings(settings)

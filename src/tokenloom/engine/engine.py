@@ -20,6 +20,7 @@ from tokenloom.engine.request import Request, Sequence
 from tokenloom.engine.sampler import sample, token_logprobs
 from tokenloom.engine.scheduler import Plan, Scheduler
 from tokenloom.engine.stats import EngineStats, RequestTiming
+from tokenloom.engine.validation import validate
 from tokenloom.errors import ModelError, RequestError
 from tokenloom.heap import keep_freed_memory, release_freed_memory
 from tokenloom.kernels import Kernels, get_kernels
@@ -114,43 +115,7 @@ class Engine:
         Raises:
             RequestError: naming the field, with the numbers.
         """
-        prompt, params, vocab = request.prompt, request.params, self.config.vocab_size
-        if not prompt:
-            raise RequestError("prompt is empty: it must have at least one token", param="prompt")
-        generated = 0 if request.kind == "embed" else min(1, params.max_tokens or 1)
-        if len(prompt) + generated > self.max_model_len:
-            raise RequestError(
-                f"the prompt has {len(prompt)} tokens; this model's context is {self.max_model_len} tokens, "
-                f"prompt and answer together",
-                param="prompt",
-                code="context_length_exceeded",
-            )
-        pool_tokens = self.pool.num_blocks * self.pool.block_size
-        if len(prompt) + generated > pool_tokens:
-            raise RequestError(
-                f"the prompt has {len(prompt)} tokens; the whole KV pool holds {pool_tokens} "
-                f"({self.pool.num_blocks} blocks of {self.pool.block_size})",
-                param="prompt",
-                code="context_length_exceeded",
-            )
-        bad = next((t for t in prompt if not 0 <= t < vocab), None)
-        if bad is not None:
-            raise RequestError(f"prompt has token id {bad}; ids are from 0 to {vocab - 1}", param="prompt")
-        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
-            bad = next((t for t in ids if not 0 <= t < vocab), None)
-            if bad is not None:
-                raise RequestError(f"{name} has token id {bad}; ids are from 0 to {vocab - 1}", param=name)
-        if request.kv is not None:
-            if any(layer.window is not None for layer in self.decoder.layers):
-                raise RequestError("kv: this model's layers read a sliding window already", param="kv")
-            scheduler = self.settings.scheduler
-            request.kv.check(scheduler.max_batch_tokens, scheduler.max_running, self.kv.quantized)
-            request.kv.policy(request.shape(self.config, self.name))  # RequestError where it cannot be made
-        if params.n > self.settings.scheduler.max_running:
-            raise RequestError(
-                f"n is {params.n}; this server runs at most {self.settings.scheduler.max_running} sequences",
-                param="n",
-            )
+        validate(self, request)
 
     def add(self, request: Request) -> None:
         """Queue a request. It is worked on from the next step.

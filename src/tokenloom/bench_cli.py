@@ -1,0 +1,130 @@
+"""`tokenloom bench`: speed, and KV methods, measured on this machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tokenloom.cli_options import (
+    Backend,
+    Config,
+    Device,
+    Dtype,
+    Model,
+    Quantize,
+    Set,
+    Threads,
+    err,
+    fetch,
+    model_flags,
+    open_llm,
+    out,
+    read_settings,
+)
+
+bench_app = typer.Typer()
+
+
+@bench_app.callback(invoke_without_command=True)
+def bench(
+    context: typer.Context,
+    model: Model = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Length of the prompts.")] = 512,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to decode per stream.")] = 64,
+    streams: Annotated[list[int] | None, typer.Option(help="Concurrent streams; may be repeated.")] = None,
+    repeats: Annotated[int, typer.Option(help="Runs of each measurement; the median is reported.")] = 3,
+    profile: Annotated[bool, typer.Option(help="Split an iteration into its phases.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    dtype: Dtype = None,
+    device: Device = None,
+    quantize: Quantize = None,
+    backend: Backend = None,
+    threads: Threads = None,
+    config: Config = None,
+    set_: Set = None,
+) -> None:
+    """Measure prefill, decode and concurrent streams on this machine; or what the commands below measure."""
+    if context.invoked_subcommand is not None:
+        return
+    from tokenloom.bench.throughput import measure, report
+
+    llm = open_llm(model_flags(model, dtype, device, quantize, backend, threads), config, set_)
+    results = measure(llm, prompt_tokens, new_tokens, streams or [1, 4, 16], repeats, profile)
+    if json_:
+        print(json.dumps(results, indent=2))
+    else:
+        report(results, out)
+
+
+@bench_app.command("kv")
+def bench_kv(
+    specs: Annotated[
+        list[str] | None, typer.Argument(help="What to compare, e.g. snapkv+adakv; by default every method.")
+    ] = None,
+    budget: Annotated[
+        str, typer.Option(help="For specs that name none: tokens, or parts of a prompt.")
+    ] = "128,256",
+    probe: Annotated[
+        str, typer.Option(help="Of text, copy, needle, multikey, summary.")
+    ] = "text,copy,needle",
+    prompt_tokens: Annotated[int, typer.Option(min=64, help="Length of the prompts, but copy's.")] = 1536,
+    rows: Annotated[int, typer.Option(min=2, help="Rows of text that follow, fed one by one.")] = 128,
+    copy_tokens: Annotated[int, typer.Option(min=64, help="Filler around copy's block.")] = 1400,
+    samples: Annotated[int, typer.Option(min=1, help="Texts of each kind; means are reported.")] = 1,
+    keys: Annotated[int, typer.Option(min=1, help="Numbers hidden in a multikey prompt.")] = 8,
+    question_in_prompt: Annotated[
+        bool, typer.Option(help="Methods know the question when they choose what to drop.")
+    ] = False,
+    text: Annotated[str, typer.Option(help="docs, code (both Python's own), or a file.")] = "docs",
+    seed: Annotated[int, typer.Option(help="Of the places in the text, and of all that is drawn.")] = 0,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the files.")] = Path(
+        "results/kv"
+    ),
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    model: Model = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    quantize: Quantize = None,
+    backend: Backend = None,
+    threads: Threads = None,
+    config: Config = None,
+    set_: Set = None,
+) -> None:
+    """Compare KV methods: quality by probes; bytes, reads and times. Writes results.json and pareto.png."""
+    from tokenloom.bench.kv import report
+    from tokenloom.bench.kv.probes import Sizes
+    from tokenloom.bench.kv.run import measure
+    from tokenloom.bench.kv.specs import candidates, default_specs, parse_budgets
+
+    found = candidates(specs or default_specs(), parse_budgets(budget))
+    settings = read_settings(model_flags(model, dtype, device, quantize, backend, threads), config, set_)
+    fetch(settings.model.name)
+    sizes = Sizes(
+        prompt_tokens,
+        rows,
+        copy_tokens,
+        keys=keys,
+        samples=samples,
+        question_in_prompt=question_in_prompt,
+    )
+    with err.status("loading") as status:
+        kinds = [kind.strip() for kind in probe.split(",")]
+        results = measure(
+            settings,
+            found,
+            kinds,
+            sizes,
+            source=text,
+            seed=seed,
+            tell=status.update,
+            keep=lambda so_far: report.write_json(so_far, output),
+        )
+    files = report.write(results, output)
+    if json_:
+        print(json.dumps(results, indent=2))
+    else:
+        report.print_table(results, out)
+        out.print(f"written: {', '.join(map(str, files))}", highlight=False)
