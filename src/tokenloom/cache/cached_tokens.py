@@ -108,10 +108,11 @@ class CachedTokens:
                 tokens `length - n .. length`, which are read causally. None: everything.
         """
         own = self.cells(layer, index)
-        cells: Sequence[Tensor] = own  # type: ignore[assignment]  # a tensor is the sequence of its rows
-        if self.ragged is not None:
-            cells = [torch.cat(pair) for pair in zip(self.ragged.cells[layer], own, strict=True)]
-        self.tokens_read += sum(len(at) for at in cells)
+        if self.ragged is None:
+            self.tokens_read += own.numel()
+            return self.kernels.attention_at(q, self.kv, own)
+        cells = [torch.cat(pair) for pair in zip(self.ragged.cells[layer], own, strict=True)]
+        self.tokens_read += sum(map(len, cells))
         return self.kernels.attention_at(q, self.kv, cells)
 
     # -- keeping ------------------------------------------------------------------------------------------

@@ -82,13 +82,15 @@ class CpuKernels(TorchKernels):
             return super().attention(q, kv, layer, spans, window)
         return self._attention(q, kv, layer, spans, window, None)
 
-    def attention_at(self, q: Tensor, kv: KVCache, cells: Sequence[Tensor]) -> Tensor:
+    def attention_at(self, q: Tensor, kv: KVCache, cells: Tensor | Sequence[Tensor]) -> Tensor:
         heads, head_dim = q.shape[1:]
         if q.dtype != torch.float32 or not _attends(heads, len(cells), head_dim):
             return super().attention_at(q, kv, cells)
         out = torch.empty(q.shape)
-        ends = torch.tensor([len(at) for at in cells]).cumsum(0)
-        flat = cells.flatten() if isinstance(cells, Tensor) else torch.cat(tuple(cells))
+        if isinstance(cells, Tensor):
+            flat, ends = cells.flatten(), torch.arange(1, len(cells) + 1) * cells.shape[1]
+        else:
+            flat, ends = torch.cat(tuple(cells)), torch.tensor([len(at) for at in cells]).cumsum(0)
         native.attention_at(q, native_cache(kv), flat, ends, out, torch.get_num_threads())
         return out
 

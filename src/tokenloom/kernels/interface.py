@@ -168,7 +168,7 @@ class Kernels(Protocol):
         `[T, Hq, D]`.
         """
 
-    def attention_at(self, q: Tensor, kv: KVCache, cells: Sequence[Tensor]) -> Tensor:
+    def attention_at(self, q: Tensor, kv: KVCache, cells: Tensor | Sequence[Tensor]) -> Tensor:
         """Attention of rows that read chosen tokens, of one sequence in one layer.
 
         Args:

@@ -83,7 +83,7 @@ class ReferenceKernels:
                 out[span.start + i] = torch.matmul(weights, v).reshape(num_heads, head_dim)
         return out
 
-    def attention_at(self, q: Tensor, kv: KVCache, cells: Sequence[Tensor]) -> Tensor:
+    def attention_at(self, q: Tensor, kv: KVCache, cells: Tensor | Sequence[Tensor]) -> Tensor:
         n, num_heads, head_dim = q.shape
         out = torch.empty_like(q).view(n, len(cells), -1, head_dim)
         for j, at in enumerate(cells):

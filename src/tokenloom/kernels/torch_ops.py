@@ -109,7 +109,7 @@ class TorchKernels:
             out[rows] = attended.transpose(0, 1)
         return out
 
-    def attention_at(self, q: Tensor, kv: KVCache, cells: Sequence[Tensor]) -> Tensor:
+    def attention_at(self, q: Tensor, kv: KVCache, cells: Tensor | Sequence[Tensor]) -> Tensor:
         n, num_heads, head_dim = q.shape
         queries = q.view(n, len(cells), -1, head_dim)
         out = torch.empty_like(queries, memory_format=torch.contiguous_format)

@@ -88,10 +88,11 @@ def parse(spec: str, hook: str) -> list[tuple[Entry, Any]]:
         raise RequestError(
             f"{hook}: {spec!r} cannot be read; write it like name(knob=1, other=0.5)+name", param=hook
         ) from None
-    return [_make(part, hook) for part in _parts(tree)]
+    return [_make(part, hook) for part in parts_of(tree)]
 
 
-def _parts(tree: ast.expr) -> list[ast.expr]:
+def parts_of(tree: ast.expr) -> list[ast.expr]:
+    """What stands between the plus signs."""
     parts = []
     while isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Add):
         parts.append(tree.right)

@@ -70,5 +70,12 @@ def bits(output: RequestOutput) -> list[list[tuple[int, float]]]:
     return [[(e.token_id, e.logprob) for e in choice.logprobs or []] for choice in output.completions]
 
 
+def same(actual: RequestOutput, expected: RequestOutput, tolerance: float = 1e-9) -> None:
+    for got, want in zip(actual.completions, expected.completions, strict=True):
+        assert got.token_ids == want.token_ids
+        for a, b in zip(got.logprobs or [], want.logprobs or [], strict=True):
+            assert abs(a.logprob - b.logprob) <= tolerance
+
+
 def text_of(seed: int, length: int) -> list[int]:
     return torch.randint(0, 200, (length,), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 import kv_rig
-from kv_rig import build_engine, run
+from kv_rig import build_engine, run, same
 from list_model import ListModel
 from tiny_models import build_tiny
 from tokenloom.engine.engine import Engine
-from tokenloom.engine.outputs import RequestOutput
 from tokenloom.engine.request import Request
 from tokenloom.methods.kv import combine
 from tokenloom.methods.kv.key_planes import BLOCK, encode, from_high, split, step_of
@@ -45,13 +44,6 @@ def request(
     spec: str, prompt: list[int] = PROMPT, max_tokens: int = 16, name: str = "r", **params: Any
 ) -> Request:
     return kv_rig.request(prompt, spec, name, max_tokens=max_tokens, **params)
-
-
-def same(actual: RequestOutput, expected: RequestOutput, tolerance: float = 1e-9) -> None:
-    for got, want in zip(actual.completions, expected.completions, strict=True):
-        assert got.token_ids == want.token_ids
-        for a, b in zip(got.logprobs or [], want.logprobs or [], strict=True):
-            assert abs(a.logprob - b.logprob) <= tolerance
 
 
 def switches(spec: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from tokenloom.config import Settings
 from tokenloom.errors import RequestError
 from tokenloom.methods.kv import Combination, combine
-from tokenloom.methods.registry import entries
+from tokenloom.methods.registry import entries, parts_of
 
 DENSE = "off"
 
@@ -74,7 +74,7 @@ def _with_budget(spec: str, budget: int | float) -> str:
     if any(isinstance(node, ast.keyword) and node.arg == "budget" for node in ast.walk(tree)):
         return spec
     takers = {entry.name for entry in entries("kv") if "budget" in entry.knobs}
-    for part in _parts(tree):
+    for part in parts_of(tree):
         name = part.func if isinstance(part, ast.Call) else part
         if isinstance(name, ast.Name) and name.id in takers and part.end_col_offset is not None:
             end = part.end_col_offset
@@ -85,13 +85,9 @@ def _with_budget(spec: str, budget: int | float) -> str:
     return spec
 
 
-def _parts(tree: ast.expr) -> list[ast.expr]:
-    return [*_parts(tree.left), tree.right] if isinstance(tree, ast.BinOp) else [tree]
-
-
 def settings_for(candidate: Candidate, settings: Settings) -> Settings:
     """What an engine needs to run it: how keys and values are stored is a setting of the whole pool."""
     method = candidate.method()
-    storage = [entry.name for entry, part in method.named if part.role == "storage"] if method else []
-    cache = settings.cache.model_copy(update={"dtype": storage[0]} if storage else {})
-    return settings.model_copy(update={"cache": cache})
+    if method is None or not method.quantizes:
+        return settings
+    return settings.model_copy(update={"cache": settings.cache.model_copy(update={"dtype": "int8"})})

@@ -69,6 +69,18 @@ class Ramp:
         return max(1, int(count * (1 - ratio) + 1e-9))
 
 
+class Cascade(Switch):
+    """What prunes by a ramp over the layers."""
+
+    r_start: float
+    r_end: float
+    skip_front: float
+
+    @property
+    def ramp(self) -> Ramp:
+        return Ramp(self.r_start, self.r_end, self.skip_front)
+
+
 @method(
     "spatten_token",
     hook="kv",
@@ -77,7 +89,7 @@ class Ramp:
     claim="tokens that got little attention in all layers so far are not read by deeper ones",
 )
 @dataclass(frozen=True)
-class SpAttenToken(Switch):
+class SpAttenToken(Cascade):
     """Sums the attention that tokens get over heads, layers and rows; each layer reads the best of those that
     the one before it read (Section III-A). Nothing is dropped: the next row starts from all of them.
 
@@ -107,10 +119,6 @@ class SpAttenToken(Switch):
         at_least(1, protect_recent=self.protect_recent)
         _ = self.ramp
 
-    @property
-    def ramp(self) -> Ramp:
-        return Ramp(self.r_start, self.r_end, self.skip_front)
-
 
 @method(
     "spatten_head",
@@ -120,7 +128,7 @@ class SpAttenToken(Switch):
     claim="heads whose number gave little output in all layers so far are silent in deeper ones",
 )
 @dataclass(frozen=True)
-class SpAttenHead(Switch):
+class SpAttenHead(Cascade):
     """Sums |output| of heads by their number over layers and rows; each layer hears the loudest of those that
     the one before it heard (Section III-A). A kv head's tokens are read while one of its group is heard.
 
@@ -139,10 +147,6 @@ class SpAttenHead(Switch):
     def __post_init__(self) -> None:
         at_least(1, score_rows=self.score_rows)
         _ = self.ramp
-
-    @property
-    def ramp(self) -> Ramp:
-        return Ramp(self.r_start, self.r_end, self.skip_front)
 
 
 @method(

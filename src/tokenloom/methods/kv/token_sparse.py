@@ -188,7 +188,7 @@ def attend_kept(layer: int, q: Tensor, kept: Tensor, start: int, cached: CachedT
     head = torch.arange(num_heads, device=q.device)
     cells = cached.cells(layer, kept)
     cached.tokens_read += cells.numel()
-    attended = cached.kernels.attention_at(q[row.clamp_min(0), head], cached.kv, cells)  # type: ignore[arg-type]
+    attended = cached.kernels.attention_at(q[row.clamp_min(0), head], cached.kv, cells)
     out = q.new_zeros(n + 1, num_heads, head_dim)
     out[torch.where(row < 0, n, row), head] = attended  # row n takes what nobody asked for
     return out[:n]
