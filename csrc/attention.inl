@@ -17,6 +17,10 @@ void locate(const AttentionShape& s, const Span& span, int begin, int count, int
         size_t at = (static_cast<size_t>(*block) * s.block_size + offset) * s.kv_heads + kv_head;
         for (int j = 0; j < run; ++j, at += s.kv_heads) index[i++] = at;
     }
+    const int own = span.kv_len - span.tail_length;
+    for (int i = std::max(0, own - begin); span.tail && i < count; ++i) {
+        index[i] = static_cast<size_t>(span.tail[begin + i - own]) * s.kv_heads + kv_head;
+    }
 }
 
 // Asks for keys and values that are needed soon: one head's rows lie apart, so the processor does not foresee them.

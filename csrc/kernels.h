@@ -35,6 +35,8 @@ struct Span {
     const int32_t* blocks;
     const int64_t* cells = nullptr;
     int head = -1;
+    const int32_t* tail = nullptr;  // the slots of the last `tail_length` tokens, where blocks do not say them
+    int tail_length = 0;
 };
 
 // One attention: who reads what. `window` 0: everything before.

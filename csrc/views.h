@@ -153,11 +153,12 @@ struct KV {
 inline std::vector<Span> spans_of(const nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>& table,
                            const Vector<int32_t>& blocks, int rows, int block_size, size_t num_slots) {
     std::vector<Span> spans;
-    if (table.shape(1) != 4) bad("spans: [S, 4] expected");
+    const auto columns = table.shape(1);
+    if (columns != 4 && columns != 6) bad("spans: [S, 4], or with tails [S, 6], expected");
     if (block_size < 1) bad("block_size: at least 1 expected");
     spans.reserve(table.shape(0));
     for (size_t i = 0; i < table.shape(0); ++i) {
-        const int32_t* s = table.data() + 4 * i;  // start, length, kv_len, first block
+        const int32_t* s = table.data() + columns * i;  // start, length, kv_len, first block; tail's length, first slot
         const int needed = s[2] / block_size + (s[2] % block_size > 0);
         if (s[0] < 0 || s[1] < 1 || s[0] > rows - s[1] || s[2] < s[1] || s[3] < 0 ||
             static_cast<size_t>(s[3]) + needed > blocks.shape(0)) {
@@ -170,6 +171,19 @@ inline std::vector<Span> spans_of(const nb::ndarray<const int32_t, nb::ndim<2>, 
             }
         }
         spans.push_back({s[0], s[1], s[2], blocks.data() + s[3]});
+        if (columns == 4 || s[4] == 0) continue;
+        if (s[1] != 1 || s[4] < 0 || s[4] > s[2] || s[5] < 0 ||
+            static_cast<size_t>(s[5]) + s[4] > blocks.shape(0)) {
+            bad("spans: row " + std::to_string(i) + " has a tail that is none");
+        }
+        for (int t = 0; t < s[4]; ++t) {
+            const int32_t slot = blocks.data()[s[5] + t];
+            if (slot < 0 || static_cast<size_t>(slot) >= num_slots) {
+                bad("spans: slot " + std::to_string(slot) + " is outside of the cache");
+            }
+        }
+        spans.back().tail = blocks.data() + s[5];
+        spans.back().tail_length = s[4];
     }
     return spans;
 }

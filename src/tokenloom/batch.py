@@ -21,6 +21,7 @@ Keep = Callable[[int, str, int], Tensor | None]
 class SegmentKind(Enum):
     PREFILL = "prefill"
     DECODE = "decode"
+    VERIFY = "verify"
     TRAIN = "train"
 
 
@@ -92,6 +93,13 @@ class Segment:
     kind: SegmentKind
     span: KVSpan
     """What its rows read: the sequence's own KV, through its block table."""
+    branches: list[KVSpan] | None = None
+    """Where rows are a draft (`verify`): what each of them reads, which is what a decode of that token would
+    read. To the kernels they are decodes, so that drafted tokens get the same bits as others."""
+
+    @property
+    def spans(self) -> list[KVSpan]:
+        return [self.span] if self.branches is None else self.branches
 
 
 @dataclass(slots=True)
@@ -122,9 +130,11 @@ class Batch:
     plain_spans: list[KVSpan] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.spans = [segment.span for segment in self.segments]
+        self.spans = [span for segment in self.segments for span in segment.spans]
         others = {id(part.segment) for part in self.policies}
-        self.plain_spans = [s.span for s in self.segments if id(s) not in others] if others else self.spans
+        self.plain_spans = self.spans
+        if others:
+            self.plain_spans = [span for s in self.segments if id(s) not in others for span in s.spans]
 
     @property
     def num_rows(self) -> int:
@@ -184,6 +194,47 @@ class BatchBuilder:
             self.logits_rows.append(start + length - 1)
         elif logits == "all":
             self.logits_rows += range(start, start + length)
+        return start
+
+    def add_draft(
+        self,
+        tokens: list[int],
+        parents: list[int],
+        blocks: list[int],
+        *,
+        kv_start: int,
+        block_size: int,
+        contiguous: bool,
+    ) -> int:
+        """Append a `verify` segment: a token and the tree of those that may follow it, all with logits.
+
+        Args:
+            tokens: the known token at KV index `kv_start`, then the drafted ones, at the indices behind it.
+            parents: row that each row follows, smaller than its own; -1 for the first.
+            blocks: the sequence's block table, long enough for all of them.
+
+        Returns:
+            The first row of the segment.
+        """
+        start = self.add(
+            SegmentKind.VERIFY,
+            tokens,
+            blocks,
+            kv_start=kv_start,
+            block_size=block_size,
+            contiguous=contiguous,
+            logits="all",
+        )
+        slots, segment = self.slots[start:], self.segments[-1]
+        shared, branches, paths = segment.span.blocks, [], [[0]]
+        for row in range(1, len(tokens)):
+            paths.append([*paths[parents[row]], row])
+        for row, path in enumerate(paths):
+            depth = len(path) - 1
+            self.positions[start + row] = kv_start + depth
+            tail = [] if depth == row else [slots[i] for i in path[1:]]
+            branches.append(KVSpan(start + row, 1, kv_start + depth + 1, shared, contiguous, tail))
+        segment.branches = branches
         return start
 
     def through(self, adapter: Sequence[Mapping[str, Bypass]], start: int, keep: Keep | None = None) -> None:

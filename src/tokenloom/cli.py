@@ -21,6 +21,7 @@ from tokenloom.cli_options import (
     Backend,
     Config,
     Device,
+    Draft,
     Dtype,
     MaxTokens,
     Model,
@@ -84,6 +85,7 @@ def serve(
     backend: Backend = None,
     threads: Threads = None,
     kv: KV = None,
+    draft: Draft = None,
     config: Config = None,
     set_: Set = None,
 ) -> None:
@@ -96,6 +98,7 @@ def serve(
         "model.max_model_len": max_model_len,
         "scheduler.max_batch_tokens": max_batch_tokens,
         "methods.kv": kv,
+        "methods.draft": draft,
         **model_flags(model, dtype, device, quantize, backend, threads),
     }
     from tokenloom.methods.defaults import with_methods
@@ -144,13 +147,18 @@ def chat(
     backend: Backend = None,
     threads: Threads = None,
     kv: KV = None,
+    draft: Draft = None,
     config: Config = None,
     set_: Set = None,
 ) -> None:
     """Chat with a model in the terminal. /reset forgets the conversation, /exit leaves."""
     from tokenloom.engine.sampling_params import SamplingParams
 
-    flags = {"methods.kv": kv, **model_flags(model, dtype, device, quantize, backend, threads)}
+    flags = {
+        "methods.kv": kv,
+        "methods.draft": draft,
+        **model_flags(model, dtype, device, quantize, backend, threads),
+    }
     llm = open_llm(flags, config, set_)
     name = _load_adapter(llm, adapter)
     params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed)
@@ -202,6 +210,7 @@ def generate(
     backend: Backend = None,
     threads: Threads = None,
     kv: KV = None,
+    draft: Draft = None,
     config: Config = None,
     set_: Set = None,
 ) -> None:
@@ -209,7 +218,11 @@ def generate(
     from tokenloom.engine.sampling_params import SamplingParams
 
     text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
-    flags = {"methods.kv": kv, **model_flags(model, dtype, device, quantize, backend, threads)}
+    flags = {
+        "methods.kv": kv,
+        "methods.draft": draft,
+        **model_flags(model, dtype, device, quantize, backend, threads),
+    }
     llm = open_llm(flags, config, set_)
     name = _load_adapter(llm, adapter)
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed, n=n)

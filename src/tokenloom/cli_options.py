@@ -30,6 +30,9 @@ Threads = Annotated[int | None, typer.Option(help="CPU threads; 0 takes torch's 
 KV = Annotated[
     str | None, typer.Option("--kv", help='Cached tokens kept and read, e.g. "snapkv(budget=1024)+int8".')
 ]
+Draft = Annotated[
+    str | None, typer.Option("--draft", help='Tokens guessed ahead, e.g. "token_recycling+ngram"; same text.')
+]
 Config = Annotated[Path | None, typer.Option("--config", "-c", help="A TOML file of settings.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="Any setting as KEY=VALUE, e.g. cache.block_size=32.")

@@ -144,9 +144,22 @@ class MethodSettings(_Branch):
     """Published methods that are on unless a request says otherwise; see `tokenloom methods`."""
 
     kv: str = Field("", description='Which cached tokens are kept and read, e.g. "snapkv(budget=1024)".')
+    draft: str = Field("", description='How tokens are guessed ahead, e.g. "token_recycling+ngram".')
     modules: list[str] = Field(
         default_factory=list,
         description="Python files or modules to import: they register methods of one's own.",
+    )
+
+
+class DraftingSettings(_Branch):
+    """Guesses of tokens that the next pass verifies; `methods.draft` says who guesses."""
+
+    max_nodes: int = Field(64, ge=1, le=128, description="Most guesses of one sequence in one pass.")
+    models: list[str] = Field(
+        default_factory=list, description="Models that a request's draft_model may name."
+    )
+    persist: bool = Field(
+        True, description="Keep in the home folder what drafters have learned, and how long passes take."
     )
 
 
@@ -200,6 +213,7 @@ class Settings(BaseSettings):
     adapters: AdapterSettings = Field(default_factory=AdapterSettings)
     jobs: JobSettings = Field(default_factory=JobSettings)
     methods: MethodSettings = Field(default_factory=MethodSettings)
+    drafting: DraftingSettings = Field(default_factory=DraftingSettings)
     limits: LimitSettings = Field(default_factory=LimitSettings)
     server: ServerSettings = Field(default_factory=ServerSettings)
 

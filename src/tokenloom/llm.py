@@ -16,8 +16,7 @@ from tokenloom.engine.request import Request
 from tokenloom.engine.sampling_params import SamplingParams
 from tokenloom.errors import RequestError
 from tokenloom.finetune.local import FinetuneResult, Rows, StepReport, finetune_folder
-from tokenloom.methods.defaults import with_methods
-from tokenloom.methods.kv import Combination, combine
+from tokenloom.methods.defaults import methods_of, with_methods
 from tokenloom.models.adapters import load_adapter
 from tokenloom.models.catalog import DEFAULT_MODEL
 from tokenloom.text.tokenizer import Tokenizer
@@ -89,6 +88,7 @@ class LLM:
         *,
         adapter: str | None = None,
         kv: str | None = None,
+        draft: str | None = None,
     ) -> list[RequestOutput]:
         """Continue each prompt; all of them run together.
 
@@ -98,6 +98,8 @@ class LLM:
             adapter: the name of a loaded adapter; None is the base model.
             kv: which cached tokens are kept and read, such as `"snapkv(budget=1024)"`; `"off"`: all. None:
                 as the settings say.
+            draft: how tokens are guessed ahead, such as `"token_recycling+ngram"`; `"off"`: not at all. The
+                answer is the same. None: as the settings say.
 
         Returns:
             One output per prompt, in order.
@@ -110,10 +112,10 @@ class LLM:
         if len(each) != len(many):
             raise RequestError(f"params has {len(each)} entries for {len(many)} prompts", param="params")
         token_ids = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in many]
-        loaded, method = self._adapter(adapter), self._kv(kv)
+        loaded, (method, guesses) = self._adapter(adapter), methods_of(self.settings, kv, draft)
         return self._run(
             [
-                Request(self._next_id(), ids, p, adapter=loaded, kv=method)
+                Request(self._next_id(), ids, p, adapter=loaded, kv=method, draft=guesses)
                 for ids, p in zip(token_ids, each, strict=True)
             ]
         )
@@ -125,13 +127,14 @@ class LLM:
         *,
         adapter: str | None = None,
         kv: str | None = None,
+        draft: str | None = None,
         **template_variables: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation, or several together.
 
         Args:
             messages: `{"role": ..., "content": ...}` dictionaries, or a list of such lists.
-            params, adapter, kv: as in `generate`.
+            params, adapter, kv, draft: as in `generate`.
             template_variables: passed to the model's chat template.
 
         Returns:
@@ -148,7 +151,7 @@ class LLM:
             )
             for conversation in conversations
         ]
-        return self.generate(prompts, params, adapter=adapter, kv=kv)
+        return self.generate(prompts, params, adapter=adapter, kv=kv, draft=draft)
 
     def stream(
         self,
@@ -157,6 +160,7 @@ class LLM:
         *,
         adapter: str | None = None,
         kv: str | None = None,
+        draft: str | None = None,
     ) -> Iterator[Delta]:
         """Continue one prompt, piece by piece. Ending the iteration early aborts it.
 
@@ -164,8 +168,10 @@ class LLM:
             What each choice gained, in the order in which it came.
         """
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        chosen, method = self._adapter(adapter), self._kv(kv)
-        request = Request(self._next_id(), ids, params or SamplingParams(), adapter=chosen, kv=method)
+        chosen, (method, guesses) = self._adapter(adapter), methods_of(self.settings, kv, draft)
+        request = Request(
+            self._next_id(), ids, params or SamplingParams(), adapter=chosen, kv=method, draft=guesses
+        )
         self.engine.add(request)
         try:
             while not request.finished:
@@ -271,9 +277,6 @@ class LLM:
         if adapter is None:
             raise self._unknown_adapter(name)
         return adapter
-
-    def _kv(self, spec: str | None) -> Combination | None:
-        return combine(self.settings.methods.kv if spec is None else spec)
 
     def _unknown_adapter(self, name: str) -> RequestError:
         known = ", ".join(adapter.name for adapter in self.engine.adapters.list()) or "none is"

@@ -42,6 +42,7 @@ class BlockTable:
         for block in reversed(self.blocks[num_blocks:]):
             self.pool.release(block)
         del self.blocks[num_blocks:]
+        self.contiguous = self.contiguous or self._consecutive()
 
     def fork(self) -> BlockTable:
         """A second table over the same blocks; whoever writes first copies (`make_writable`)."""
@@ -66,9 +67,12 @@ class BlockTable:
             return None
         copy = self.pool.allocate(self.blocks[index - 1] if index else None)
         self.blocks[index] = copy
-        self.contiguous = all(b + 1 == c for b, c in zip(self.blocks, self.blocks[1:], strict=False))
+        self.contiguous = self._consecutive()
         self.pool.release(block)
         return block, copy
+
+    def _consecutive(self) -> bool:
+        return all(b + 1 == c for b, c in zip(self.blocks, self.blocks[1:], strict=False))
 
     def slot(self, index: int) -> int:
         block_size = self.pool.block_size

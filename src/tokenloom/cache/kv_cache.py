@@ -65,6 +65,12 @@ class KVCache:
         if self.quantized:
             self._scales[:, :, to] = self._scales[:, :, of]
 
+    def copy_slots(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy tokens between slots `[n]` in every layer; all are read before any is written."""
+        self._data[:, :, targets] = self._data[:, :, sources]
+        if self.quantized:
+            self._scales[:, :, targets] = self._scales[:, :, sources]
+
     # -- cells: one token's keys or values of one head, wherever they lie ------------------------------------
 
     def cells(self, layer: int, slots: Tensor) -> Tensor:

@@ -84,6 +84,10 @@ class KVMethod(Protocol):
     def namespace(self) -> str | None:
         """What keeps prompt blocks apart from those computed without it; None: they are the same."""
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether every token is kept, and read by all that follow."""
+
     def check(self, max_batch_tokens: int, max_running: int, quantized: bool) -> None:
         """Raise RequestError (param "kv") where an engine with these settings cannot run it."""
 

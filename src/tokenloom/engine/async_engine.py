@@ -14,6 +14,7 @@ from functools import partial
 from tokenloom.cache.policy import KVMethod
 from tokenloom.config import Settings
 from tokenloom.engine.adapters import LoadedAdapter
+from tokenloom.engine.draft import DraftMethod
 from tokenloom.engine.engine import Engine
 from tokenloom.engine.outputs import StepOutput
 from tokenloom.engine.request import Request
@@ -137,8 +138,10 @@ class AsyncEngine:
         cache_salt: str | None = None,
         adapter: LoadedAdapter | None = None,
         kv: KVMethod | None = None,
+        draft: DraftMethod | None = None,
     ) -> Stream:
-        """Start a request; `adapter` is one of `engine.adapters`, `kv` how its cache is kept and read.
+        """Start a request; `adapter` is one of `engine.adapters`, `kv` how its cache is kept and read,
+        `draft` who guesses ahead.
 
         Raises:
             RequestError: it can never be served; the message names the field.
@@ -153,6 +156,7 @@ class AsyncEngine:
             cache_salt=cache_salt,
             adapter=adapter,
             kv=kv,
+            draft=draft,
         )
         return self._submit(request)
 

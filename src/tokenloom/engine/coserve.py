@@ -13,6 +13,7 @@ from tokenloom.batch import BatchBuilder
 from tokenloom.cache.block_pool import BlockPool, OutOfBlocks
 from tokenloom.cache.kv_cache import KVCache
 from tokenloom.config import Settings
+from tokenloom.engine.drafting import features_of
 from tokenloom.engine.latency_model import Features, LatencyModel, bisect_rows
 from tokenloom.engine.scheduler import Plan, Scheduler
 from tokenloom.engine.slo import Prompts, iteration_budget_ms
@@ -166,8 +167,9 @@ class Coserver:
             How many training rows join the batch; `add_rows` adds them.
         """
         self._record = Iteration(time.monotonic(), inference_rows=plan.num_rows)
-        self._features = _inference_features(plan)
-        self._prefill_rows = plan.num_rows - sum(rows == 1 for rows in plan.rows.values())
+        self._features = features_of(plan)
+        drafted = sum(len(draft.tree) for draft in plan.drafts.values())
+        self._prefill_rows = plan.num_rows - drafted - sum(rows == 1 for rows in plan.rows.values())
         self._prompts_done = sum(
             sequence.request.first_token_s is None and sequence.num_computed + rows == len(sequence.tokens)
             for sequence, rows in plan.rows.items()
@@ -396,12 +398,3 @@ class Coserver:
         self.decoder.forward(builder.build(), self.kv)
         training.forward_done(rows)
         self._record.train_rows += rows
-
-
-def _inference_features(plan: Plan) -> Features:
-    features = Features(rows=plan.num_rows)
-    for sequence, rows in plan.rows.items():
-        start = sequence.num_computed
-        features.context += rows * start + rows * (rows + 1) // 2
-        features.head_rows += start + rows == len(sequence.tokens)
-    return features

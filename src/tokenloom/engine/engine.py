@@ -15,6 +15,7 @@ from tokenloom.cache.kv_cache import KVCache, bytes_per_token, default_pool_byte
 from tokenloom.config import Settings
 from tokenloom.engine.adapters import AdapterRegistry
 from tokenloom.engine.coserve import Coserver
+from tokenloom.engine.drafting import Drafting
 from tokenloom.engine.outputs import Delta, FinishReason, StepOutput, TokenLogprob
 from tokenloom.engine.request import Request, Sequence
 from tokenloom.engine.sampler import sample, token_logprobs
@@ -80,6 +81,7 @@ class Engine:
         )
         self.adapters = AdapterRegistry(settings.adapters.max_loaded)
         self.coserver = Coserver(settings, self.scheduler, self.pool, self.decoder, self.kv)
+        self.drafting = Drafting(self)
         self.end_tokens = files.config.eos_token_ids
         self.requests: dict[str, Request] = {}
         self.counters = EngineStats()
@@ -165,6 +167,7 @@ class Engine:
         the latency targets leave."""
         with self.timer("schedule"):
             plan = self.scheduler.schedule()
+            self.drafting.plan(plan)
         with self.timer("train"):
             train_rows = self.coserver.before(plan)
         if not plan.rows and not train_rows:
@@ -179,13 +182,13 @@ class Engine:
         with self.timer("head"):
             logits = self.decoder.logits(hidden[batch.logits_rows]) if len(batch.logits_rows) else hidden
         with self.timer("sample"):
-            sampling, logits = self._fork(ready, logits)
-            tokens, logprobs = (
-                sample(logits, sampling, self.end_tokens, self.decoder.kernels) if sampling else ([], [])
-            )
-        self.coserver.after(train_rows, (time.monotonic() - start) * 1e3)
+            gains = self._write(plan, logits, *self._fork(plan, ready))
+        took_ms = (time.monotonic() - start) * 1e3
+        self.coserver.after(train_rows, took_ms)
         with self.timer("publish"):
-            return self._publish(ready, sampling, tokens, logprobs)
+            if plan.drafts:
+                self.drafting.settle(plan, logits, took_ms)
+            return self._publish(ready, gains)
 
     def _build(self, plan: Plan, train_rows: int) -> Batch:
         for source, target in plan.copies:
@@ -197,16 +200,27 @@ class Engine:
         for sequence, rows in plan.rows.items():
             start = sequence.num_computed
             samples = start + rows == len(sequence.tokens) and _generates(sequence)
-            first = builder.add(
-                SegmentKind.DECODE if sequence.num_output and rows == 1 else SegmentKind.PREFILL,
-                sequence.tokens[start : start + rows],
-                sequence.table.blocks,
-                kv_start=sequence.kv_start,
-                block_size=self.pool.block_size,
-                contiguous=sequence.table.contiguous,
-                logits="last" if samples else "none",
-                position=start,
-            )
+            draft = plan.drafts.get(sequence)
+            if draft is not None and len(draft.tree):
+                first = builder.add_draft(
+                    [sequence.tokens[start], *draft.tree.tokens],
+                    [-1, *(node + 1 for node in draft.tree.parents)],
+                    sequence.table.blocks,
+                    kv_start=start,
+                    block_size=self.pool.block_size,
+                    contiguous=sequence.table.contiguous,
+                )
+            else:
+                first = builder.add(
+                    SegmentKind.DECODE if sequence.num_output and rows == 1 else SegmentKind.PREFILL,
+                    sequence.tokens[start : start + rows],
+                    sequence.table.blocks,
+                    kv_start=sequence.kv_start,
+                    block_size=self.pool.block_size,
+                    contiguous=sequence.table.contiguous,
+                    logits="last" if samples else "none",
+                    position=start,
+                )
             policy, cached = sequence.policy, sequence.cached
             if policy is not None and cached is not None:
                 cached.start, cached.length = start, sequence.kv_start + rows
@@ -267,11 +281,11 @@ class Engine:
             assert entries is not None
             entries += token_logprobs(logits, window, [count] * len(window))
 
-    def _fork(self, ready: list[Sequence], logits: Tensor) -> tuple[list[Sequence], Tensor]:
+    def _fork(self, plan: Plan, ready: list[Sequence]) -> tuple[list[Sequence], list[int]]:
         """Start the siblings of prompts that are now computed.
 
         Returns:
-            The sequences to sample for, and a row of logits for each.
+            The sequences to sample for, and the row of logits of each.
         """
         sampling: list[Sequence] = []
         rows: list[int] = []
@@ -290,22 +304,43 @@ class Engine:
                     sampling.append(sibling)
                     rows.append(row)
             request.forked = True
+            draft = plan.drafts.get(sequence)
+            if draft is not None:
+                draft.first_row = row
+                row += len(draft.tree)
             row += 1
-        return sampling, logits if len(rows) == row else logits[rows]
+        return sampling, rows
 
-    def _publish(
-        self,
-        ready: list[Sequence],
-        sampling: list[Sequence],
-        tokens: list[int],
-        logprobs: list[TokenLogprob | None],
-    ) -> list[StepOutput]:
+    def _write(
+        self, plan: Plan, logits: Tensor, sampling: list[Sequence], rows: list[int]
+    ) -> dict[Sequence, Delta]:
+        """Sample a token for each sequence, and go on for as long as its draft had foretold the last one."""
+        gains: dict[Sequence, Delta] = {}
+        while sampling:
+            here = logits if rows == list(range(len(logits))) else logits[rows]
+            tokens, logprobs = sample(here, sampling, self.end_tokens, self.decoder.kernels)
+            self.counters.generation_tokens += len(tokens)
+            foretold = []
+            for sequence, token, logprob in zip(sampling, tokens, logprobs, strict=True):
+                delta = self._extend(sequence, token, logprob)
+                if sequence in gains:
+                    gains[sequence].extend(delta)
+                else:
+                    gains[sequence] = delta
+                draft = plan.drafts.get(sequence)
+                if draft is not None and sequence.finish_reason is None and draft.follow(token):
+                    self.drafting.keep(sequence, draft)
+                    foretold.append((sequence, draft.row))
+            sampling, rows = [sequence for sequence, _ in foretold], [row for _, row in foretold]
+        return gains
+
+    def _publish(self, ready: list[Sequence], gains: dict[Sequence, Delta]) -> list[StepOutput]:
         now = time.monotonic()
         outputs: dict[str, StepOutput] = {}
         for sequence in ready:
             if not _generates(sequence):
                 outputs[sequence.request.request_id] = self._publish_prompt_only(sequence)
-        for sequence, token, logprob in zip(sampling, tokens, logprobs, strict=True):
+        for sequence, delta in gains.items():
             request = sequence.request
             output = outputs.get(request.request_id)
             if output is None:
@@ -314,12 +349,13 @@ class Engine:
                 if request.first_token_s is None:
                     request.first_token_s = now
                     output.prompt_logprobs = request.prompt_logprobs
-            output.deltas.append(self._extend(sequence, token, logprob))
+                if request.draft is not None:
+                    output.drafts = request.drafts
+            output.deltas.append(delta)
             sequence.last_token_s = now
-            if sequence.finish_reason is not None and request.finished:
+            if request.finished and not output.finished:
                 output.finished = True
                 self._close(request)
-        self.counters.generation_tokens += len(tokens)
         return list(outputs.values())
 
     def _publish_prompt_only(self, sequence: Sequence) -> StepOutput:
@@ -350,13 +386,13 @@ class Engine:
             delta.text, delta.stop_reason = sequence.text.push(token, sequence.num_output)
             if delta.stop_reason is not None:
                 self._finish(sequence, "stop")
-            elif sequence.num_output >= self._max_output(sequence.request):
+            elif sequence.num_output >= self.max_output(sequence.request):
                 delta.text += sequence.text.finish()
                 self._finish(sequence, "length")
         delta.finish_reason = sequence.finish_reason
         return delta
 
-    def _max_output(self, request: Request) -> int:
+    def max_output(self, request: Request) -> int:
         """Most tokens that a choice may have: what was asked, what the context and the KV pool hold."""
         pool_tokens = self.pool.num_blocks * self.pool.block_size
         room = min(self.max_model_len, pool_tokens) - len(request.prompt)
@@ -367,6 +403,8 @@ class Engine:
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason = reason
         self.scheduler.remove(sequence)
+        if reason in ("abort", "error"):
+            self.drafting.close(sequence)
 
     def _close(self, request: Request) -> None:
         del self.requests[request.request_id]
@@ -397,6 +435,7 @@ class Engine:
         stats.kv_bytes_total = self.kv.num_bytes
         stats.prefix_queries_tokens = scheduler.prefix_queries
         stats.prefix_hits_tokens = scheduler.prefix_hits
+        stats.draft_bytes = self.drafting.num_bytes
         stats.preemptions = scheduler.num_preemptions
         return stats
 

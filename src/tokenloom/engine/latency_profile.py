@@ -9,8 +9,14 @@ import platform
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
 
 from tokenloom.engine.latency_model import Features, Key, full_key
+
+if TYPE_CHECKING:
+    from tokenloom.engine.engine import Engine
 
 DECODE_ROWS = (1, 2, 4, 8, 16)
 CONTEXTS = (64, 512, 2048)
@@ -90,6 +96,19 @@ def machine_key() -> str:
     except OSError:  # not Linux
         name = name or platform.system()
     return f"{name} x {os.cpu_count()}"
+
+
+def profile_key(engine: Engine) -> Key:
+    """What a profile holds for: the model's shape, the machine, the arithmetic and its threads."""
+    shape = hashlib.sha256(repr((engine.config, engine.decoder.num_bytes)).encode()).hexdigest()[:16]
+    return {
+        "model": f"{engine.name} {shape}",
+        "machine": machine_key(),
+        "dtype": str(engine.dtype),
+        "threads": torch.get_num_threads(),
+        "backend": engine.decoder.kernels.name,
+        "device": str(engine.device),
+    }
 
 
 def cache_path(home: Path, key: Key) -> Path:

@@ -21,6 +21,30 @@ class TokenLogprob:
 
 
 @dataclass(slots=True)
+class DraftCounts:
+    """What became of guesses, see `tokenloom.engine.draft`.
+
+    Attributes:
+        passes: those that verified guesses. tokens: guesses in them. accepted: those that became text.
+        accepted_at: by how many tokens ahead of the known one a guess lay, how many became text.
+    """
+
+    passes: int = 0
+    tokens: int = 0
+    accepted: int = 0
+    accepted_at: list[int] = field(default_factory=list)
+
+    def add(self, tokens: int, accepted: int) -> None:
+        """Count one pass."""
+        self.passes += 1
+        self.tokens += tokens
+        self.accepted += accepted
+        self.accepted_at += [0] * (accepted - len(self.accepted_at))
+        for i in range(accepted):
+            self.accepted_at[i] += 1
+
+
+@dataclass(slots=True)
 class Delta:
     """What one choice of a request gained in one iteration.
 
@@ -37,6 +61,14 @@ class Delta:
     """The stop string or stop token id that ended the text, if one did."""
     error: str | None = None
 
+    def extend(self, other: Delta) -> None:
+        """Add what the same choice gained next."""
+        self.text += other.text
+        self.token_ids += other.token_ids
+        if self.logprobs is not None and other.logprobs is not None:
+            self.logprobs += other.logprobs
+        self.finish_reason, self.stop_reason = other.finish_reason, other.stop_reason
+
 
 @dataclass(slots=True)
 class StepOutput:
@@ -50,6 +82,8 @@ class StepOutput:
     embedding: list[float] | None = None
     cached_tokens: int = 0
     """Prompt tokens whose KV came from the prefix cache."""
+    drafts: DraftCounts | None = None
+    """Of the request so far, where it drafts."""
 
 
 @dataclass(slots=True)
@@ -75,6 +109,7 @@ class RequestOutput:
     prompt_logprobs: list[TokenLogprob | None] | None = None
     cached_tokens: int = 0
     embedding: list[float] | None = None
+    drafts: DraftCounts | None = None
 
     @property
     def text(self) -> str:
@@ -84,7 +119,7 @@ class RequestOutput:
 
 def collect(output: RequestOutput, step: StepOutput) -> None:
     """Add what one iteration gave to the whole answer."""
-    output.cached_tokens = step.cached_tokens
+    output.cached_tokens, output.drafts = step.cached_tokens, step.drafts
     if step.prompt_logprobs is not None:
         output.prompt_logprobs = step.prompt_logprobs
     if step.embedding is not None:

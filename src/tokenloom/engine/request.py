@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -15,11 +15,15 @@ from tokenloom.cache.cached_tokens import CachedTokens
 from tokenloom.cache.kv_cache import KVCache
 from tokenloom.cache.policy import KVMethod, KVPolicy, SequenceShape
 from tokenloom.engine.adapters import LoadedAdapter
-from tokenloom.engine.outputs import FinishReason, TokenLogprob
+from tokenloom.engine.draft import DraftMethod
+from tokenloom.engine.outputs import DraftCounts, FinishReason, TokenLogprob
 from tokenloom.engine.sampling_params import SamplingParams
 from tokenloom.kernels import Kernels
 from tokenloom.models.config import ModelConfig
 from tokenloom.text.detokenizer import Detokenizer
+
+if TYPE_CHECKING:
+    from tokenloom.engine.drafting import Guessing
 
 
 @dataclass(eq=False)
@@ -34,6 +38,7 @@ class Request:
     cache_salt: str | None = None
     adapter: LoadedAdapter | None = None
     kv: KVMethod | None = None
+    draft: DraftMethod | None = None
     arrival_s: float = field(default_factory=time.monotonic)
 
     sequences: list[Sequence] = field(default_factory=list)
@@ -44,6 +49,7 @@ class Request:
     hidden_sum: torch.Tensor | None = None
     scheduled_s: float | None = None
     first_token_s: float | None = None
+    drafts: DraftCounts = field(default_factory=DraftCounts)
 
     def __post_init__(self) -> None:
         self.seed = secrets.randbits(63) if self.params.seed is None else self.params.seed
@@ -94,6 +100,7 @@ class Sequence:
         self.shape: SequenceShape | None = None
         self.policy: KVPolicy | None = None
         self.cached: CachedTokens | None = None
+        self.guessing: Guessing | None = None
         self.text = StopText(request.params, detokenizer)
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from tokenloom.cache.block_pool import BlockPool, OutOfBlocks
 from tokenloom.config import SchedulerSettings
+from tokenloom.engine.draft import Draft
 from tokenloom.engine.request import Request, Sequence
 
 
@@ -19,6 +20,8 @@ class Plan:
     rows: dict[Sequence, int] = field(default_factory=dict)
     copies: list[tuple[int, int]] = field(default_factory=list)
     num_rows: int = 0
+    drafts: dict[Sequence, Draft] = field(default_factory=dict)
+    """Of sequences in decode whose next tokens are guessed: rows besides their own."""
 
 
 class Scheduler:

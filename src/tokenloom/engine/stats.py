@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from tokenloom.engine.outputs import FinishReason
+from tokenloom.engine.outputs import DraftCounts, FinishReason
 
 if TYPE_CHECKING:
     from tokenloom.engine.coserve import Coserver, Iteration
@@ -67,6 +67,9 @@ class EngineStats:
     """Of the last optimizer step of any job."""
     kv_blocks_training: int = 0
     """Blocks in use that no sequence holds."""
+    drafts: DraftCounts = field(default_factory=DraftCounts)
+    draft_bytes: int = 0
+    """What drafters keep beyond their sequences: tables, the caches of draft models."""
     finished: deque[RequestTiming] = field(default_factory=lambda: deque(maxlen=65536))
 
     @property

@@ -45,6 +45,10 @@ def validate(engine: Engine, request: Request) -> None:
         scheduler = engine.settings.scheduler
         request.kv.check(scheduler.max_batch_tokens, scheduler.max_running, engine.kv.quantized)
         request.kv.policy(request.shape(engine.config, engine.name))  # RequestError where it cannot be made
+    if request.draft is not None:
+        if request.kv is not None and not request.kv.keeps_all:
+            raise RequestError("draft: does not go together with kv yet; drop one of them", param="draft")
+        request.draft.check(engine)
     if params.n > engine.settings.scheduler.max_running:
         raise RequestError(
             f"n is {params.n}; this server runs at most {engine.settings.scheduler.max_running} sequences",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -15,8 +14,8 @@ from tokenloom.batch import BatchBuilder, SegmentKind
 from tokenloom.cache.block_pool import OutOfBlocks
 from tokenloom.cache.block_table import BlockTable
 from tokenloom.engine.engine import Engine
-from tokenloom.engine.latency_model import Features, Key, LatencyModel
-from tokenloom.engine.latency_profile import Cell, cache_path, machine_key, profile_grid
+from tokenloom.engine.latency_model import Features, LatencyModel
+from tokenloom.engine.latency_profile import Cell, cache_path, profile_grid, profile_key
 from tokenloom.finetune.data import Sample
 from tokenloom.finetune.hyperparameters import Hyperparameters
 from tokenloom.finetune.objective import SupervisedFinetuning
@@ -31,19 +30,6 @@ REPEATS = 3
 LONG_MS = 300.0
 _PREPARE_ROWS = 256
 _PASS_ROWS = 1024
-
-
-def profile_key(engine: Engine) -> Key:
-    """What a profile holds for: the model's shape, the machine, the arithmetic and its threads."""
-    shape = hashlib.sha256(repr((engine.config, engine.decoder.num_bytes)).encode()).hexdigest()[:16]
-    return {
-        "model": f"{engine.name} {shape}",
-        "machine": machine_key(),
-        "dtype": str(engine.dtype),
-        "threads": torch.get_num_threads(),
-        "backend": engine.decoder.kernels.name,
-        "device": str(engine.device),
-    }
 
 
 def stored_profile(engine: Engine, home: Path) -> LatencyModel | None:

@@ -286,12 +286,26 @@ def _native_loras(layers: Sequence[Mapping[str, Bypass]]) -> list[Any] | None:
 
 
 def span_table(spans: list[KVSpan]) -> SpanTable:
-    table, first = [], 0
+    """See `CpuKernels._span_table`; tails are two more columns: length, and where in the blocks it begins."""
+    table: list[tuple[int, ...]] = []
+    lists: list[list[int]] = []
+    first = 0
     for span in spans:
-        table.append((span.start, span.length, span.kv_len, first))
-        first += len(span.blocks)
-    blocks = np.fromiter((b for span in spans for b in span.blocks), np.int32, first)
-    return torch.from_numpy(np.array(table, np.int32).reshape(-1, 4)), torch.from_numpy(blocks)
+        if lists and span.blocks is lists[-1]:  # rows of one draft share them
+            begin = first - len(span.blocks)
+        else:
+            begin = first
+            lists.append(span.blocks)
+            first += len(span.blocks)
+        table.append((span.start, span.length, span.kv_len, begin))
+    if any(span.tail for span in spans):
+        for i, span in enumerate(spans):
+            table[i] += (len(span.tail), first)
+            lists.append(span.tail)
+            first += len(span.tail)
+    blocks = np.fromiter((b for part in lists for b in part), np.int32, first)
+    columns = len(table[0]) if table else 4
+    return torch.from_numpy(np.array(table, np.int32).reshape(-1, columns)), torch.from_numpy(blocks)
 
 
 def native_cache(kv: KVCache) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -80,6 +80,9 @@ class KVSpan:
 
     `contiguous` says that the block ids are consecutive, so that the span is a view of the cache and
     need not be gathered.
+
+    `tail`: slots of the last tokens, where they are not those that the blocks say: a row of a draft tree
+    reads its own branch, and not the siblings that lie in between.
     """
 
     start: int
@@ -87,12 +90,17 @@ class KVSpan:
     kv_len: int
     blocks: list[int]
     contiguous: bool
+    tail: list[int] = field(default_factory=list)
 
     def view(self, cache: Tensor, block_size: int, begin: int = 0) -> Tensor:
         """What the cache holds of tokens `begin .. kv_len`, `[kv_len - begin, ...]`; a view where it can be.
 
         cache: `[num_slots, ...]`.
         """
+        if self.tail:
+            own = self.kv_len - len(self.tail)
+            before = replace(self, kv_len=own, tail=[]).view(cache, block_size, min(begin, own))
+            return torch.cat((before, cache[self.tail[max(0, begin - own) :]]))
         if self.contiguous:
             first = self.blocks[0] * block_size
             return cache[first + begin : first + self.kv_len]

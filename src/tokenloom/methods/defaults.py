@@ -8,8 +8,11 @@ import sys
 import zlib
 from pathlib import Path
 
+from tokenloom.cache.policy import KVMethod
 from tokenloom.config import ConfigError, Settings
+from tokenloom.engine.draft import DraftMethod
 from tokenloom.errors import RequestError
+from tokenloom.methods.drafting import draft_method
 from tokenloom.methods.kv import combine
 
 
@@ -22,6 +25,7 @@ def with_methods(settings: Settings) -> Settings:
     for name in settings.methods.modules:
         _import(name)
     try:
+        draft = draft_method(settings.methods.draft)
         method = combine(settings.methods.kv)
         if method is None:
             return settings
@@ -30,9 +34,28 @@ def with_methods(settings: Settings) -> Settings:
             settings = settings.model_copy(update={"cache": cache})
         scheduler = settings.scheduler
         method.check(scheduler.max_batch_tokens, scheduler.max_running, settings.cache.dtype == "int8")
+        if draft is not None and not method.keeps_all:
+            raise RequestError("draft: does not go together with methods.kv yet; drop one of them")
     except RequestError as error:
         raise ConfigError(f"setting methods.{error}") from error
     return settings
+
+
+def methods_of(
+    settings: Settings, kv: str | None, draft: str | None
+) -> tuple[KVMethod | None, DraftMethod | None]:
+    """What a request is served with: the methods that it names, else the settings' own.
+
+    A request that names a KV method and no drafting is not drafted for where the two do not go together.
+
+    Raises:
+        RequestError: (param "kv" or "draft") a spec is wrong.
+    """
+    method = combine(settings.methods.kv if kv is None else kv)
+    guesses = draft_method(settings.methods.draft if draft is None else draft)
+    if draft is None and method is not None and not method.keeps_all:
+        guesses = None
+    return method, guesses
 
 
 def _import(name: str) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-import tokenloom.methods.kv  # noqa: F401  # registers its methods
+import tokenloom.methods.drafting
+import tokenloom.methods.kv  # noqa: F401  # both register their methods
 from tokenloom.errors import RequestError
 from tokenloom.methods.registry import Entry, entries
 

@@ -17,9 +17,9 @@ from tokenloom.engine.async_engine import AsyncEngine
 from tokenloom.engine.outputs import Completion, RequestOutput, StepOutput, collect
 from tokenloom.engine.sampling_params import SamplingParams
 from tokenloom.errors import EngineStoppedError, RequestError
-from tokenloom.methods.kv import combine
+from tokenloom.methods.defaults import methods_of
 from tokenloom.serve.errors import GenerationError
-from tokenloom.serve.protocol import CachedTokens, SamplingFields, Usage
+from tokenloom.serve.protocol import CachedTokens, CompletionDetails, SamplingFields, Usage
 
 T = TypeVar("T")
 Outputs = AsyncIterator[tuple[int, StepOutput]]
@@ -122,7 +122,7 @@ class Generation:
         Raises:
             RequestError, EngineBusyError, EngineStoppedError: as `AsyncEngine.generate`.
         """
-        method = combine(engine.settings.methods.kv if body.kv is None else body.kv)
+        method, guesses = methods_of(engine.settings, body.kv, body.draft)
         generation = cls(prompts, params)
         try:
             for prompt in prompts:
@@ -134,6 +134,7 @@ class Generation:
                     cache_salt=body.cache_salt,
                     adapter=adapter,
                     kv=method,
+                    draft=guesses,
                 )
                 generation._streams.append(stream)
         except BaseException:
@@ -195,7 +196,25 @@ class Generation:
             completion_tokens=completion,
             total_tokens=prompt + completion,
             prompt_tokens_details=CachedTokens(cached_tokens=sum(a.cached_tokens for a in self.answers)),
+            **self._guesses(),
         )
+
+    def _guesses(self) -> dict[str, CompletionDetails]:
+        """What became of guessed tokens, if any prompt was drafted for."""
+        counts = [answer.drafts for answer in self.answers if answer.drafts is not None]
+        if not counts:
+            return {}
+        longest = max(len(c.accepted_at) for c in counts)
+        accepted, tokens = sum(c.accepted for c in counts), sum(c.tokens for c in counts)
+        details = CompletionDetails(
+            accepted_prediction_tokens=accepted,
+            rejected_prediction_tokens=tokens - accepted,
+            draft_passes=sum(c.passes for c in counts),
+            accepted_by_position=[
+                sum(c.accepted_at[i] for c in counts if i < len(c.accepted_at)) for i in range(longest)
+            ],
+        )
+        return {"completion_tokens_details": details}
 
 
 def _check_step(step: StepOutput) -> None:

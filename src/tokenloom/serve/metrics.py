@@ -92,6 +92,7 @@ class _EngineCollector(Collector):
             ("kv_cache_usage_perc", "Share of the KV pool in use, 0 to 1.", stats.kv_usage),
             ("kv_blocks_inference", "KV blocks that requests hold.", inference_blocks),
             ("kv_blocks_training", "KV blocks that training holds.", stats.kv_blocks_training),
+            ("spec_decode_bytes", "Memory of what drafters keep.", stats.draft_bytes),
             ("num_adapters", "Adapters in memory.", len(adapters)),
             ("finetune_jobs_running", "Jobs that train now.", stats.training_jobs),
         )
@@ -106,6 +107,9 @@ class _EngineCollector(Collector):
             ("finetune_tokens", "Tokens trained on, in finished passes.", stats.training_tokens),
             ("finetune_rows", "Forward rows of training, restarts included.", stats.training_rows),
             ("finetune_steps", "Optimizer steps.", stats.training_steps),
+            ("spec_decode_num_drafts", "Passes that verified guesses.", stats.drafts.passes),
+            ("spec_decode_num_draft_tokens", "Tokens guessed.", stats.drafts.tokens),
+            ("spec_decode_num_accepted_tokens", "Guessed tokens that became text.", stats.drafts.accepted),
             ("finetune_restarts", "Passes that gave way to requests.", stats.training_restarts),
         )
         for name, text, value in gauges:
@@ -116,6 +120,14 @@ class _EngineCollector(Collector):
             counter = CounterMetricFamily(f"tokenloom:{name}", text, labels=["model_name"])
             counter.add_metric(model, value)
             yield counter
+        places = CounterMetricFamily(
+            "tokenloom:spec_decode_num_accepted_tokens_per_pos",
+            "Guessed tokens that became text, by how far ahead they lay.",
+            labels=["model_name", "position"],
+        )
+        for position, accepted in enumerate(stats.drafts.accepted_at):
+            places.add_metric([*model, str(position)], accepted)
+        yield places
         rows = SummaryMetricFamily("tokenloom:iteration_tokens", "Rows per iteration.", labels=["model_name"])
         rows.add_metric(model, count_value=stats.iterations, sum_value=stats.batch_tokens)
         yield rows

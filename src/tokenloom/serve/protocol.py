@@ -184,6 +184,7 @@ class SamplingFields(RequestBody):
     priority: Integer | None = Field(None, ge=-(2**31), lt=2**31)
     cache_salt: str | None = Field(None, min_length=1, max_length=256)
     kv: str | None = Field(None, max_length=MAX_SPEC_CHARACTERS)
+    draft: str | None = Field(None, max_length=MAX_SPEC_CHARACTERS)
 
     @model_validator(mode="after")
     def _check_streaming(self) -> SamplingFields:
@@ -202,13 +203,26 @@ class CachedTokens(BaseModel):
     cached_tokens: int
 
 
+class CompletionDetails(BaseModel):
+    """Tokens that were guessed ahead; the accepted ones also by how far ahead, each of `draft_passes`."""
+
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+    draft_passes: int
+    accepted_by_position: list[int]
+
+
 class Usage(BaseModel):
-    """Tokens of all choices together; `cached_tokens` of the prompt came from the prefix cache."""
+    """Tokens of all choices together; `cached_tokens` of the prompt came from the prefix cache.
+
+    `completion_tokens_details` is there where tokens were guessed ahead.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
+    completion_tokens_details: CompletionDetails | None = None
 
 
 class PromptLogprob(BaseModel):

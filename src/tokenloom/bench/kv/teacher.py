@@ -19,6 +19,7 @@ from tokenloom.engine.engine import Engine
 from tokenloom.engine.outputs import Delta, TokenLogprob
 from tokenloom.engine.request import Request, Sequence
 from tokenloom.engine.sampling_params import SamplingParams
+from tokenloom.engine.scheduler import Plan
 from tokenloom.errors import RequestError
 from tokenloom.models.loader import ModelFiles
 
@@ -113,15 +114,16 @@ class TeacherEngine(Engine):
     def _bytes_of(self, blocks: int) -> int:
         return (blocks - self._blocks_before) * (self.kv.num_bytes // self.kv.num_blocks)
 
-    def _fork(self, ready: list[Sequence], logits: Tensor) -> tuple[list[Sequence], Tensor]:
-        sampling, logits = super()._fork(ready, logits)
+    def _write(
+        self, plan: Plan, logits: Tensor, sampling: list[Sequence], rows: list[int]
+    ) -> dict[Sequence, Delta]:
         if self._run is not None and sampling:
             row = logits[0].clone()
             self._run.logits.append(row if row.dtype == torch.float64 else row.float())
             self._run.kv_bytes.append(
                 self._bytes_of(self.pool.num_used)
             )  # the last token's blocks are given back after this
-        return sampling, logits
+        return super()._write(plan, logits, sampling, rows)
 
     def _extend(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> Delta:
         if self._given is not None:

@@ -47,6 +47,10 @@ class Combination:
         """Whether it asks for a pool in 8 bits."""
         return any(part.role == "storage" for _, part in self.named)
 
+    @property
+    def keeps_all(self) -> bool:
+        return all(part.role == "storage" for _, part in self.named)
+
     def check(self, max_batch_tokens: int, max_running: int, quantized: bool) -> None:
         for entry, part in self.named:
             try:

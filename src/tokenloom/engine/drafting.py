@@ -1,0 +1,257 @@
+"""Guesses in the loop: who guesses, how much of it is verified, what is kept of it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tokenloom.cache.block_pool import OutOfBlocks
+from tokenloom.config import home
+from tokenloom.engine.draft import Draft, Drafter, DraftPlace, Tree, Verified
+from tokenloom.engine.draft_size import (
+    ENGINE_TRIALS,
+    SEQUENCE_TRIALS,
+    Acceptance,
+    most_promising,
+    path_rates,
+)
+from tokenloom.engine.latency_model import Features, LatencyModel
+from tokenloom.engine.pass_times import pass_times
+
+if TYPE_CHECKING:
+    from tokenloom.engine.engine import Engine
+    from tokenloom.engine.request import Sequence
+    from tokenloom.engine.scheduler import Plan
+
+PROBE_AFTER, MOST_WAIT = 16, 256
+"""A sequence whose guesses were not worth it tries a few again after so many passes, then twice as many."""
+PROBE_NODES = 3
+MOST_NODES = 128
+CHEAP_MS = 1.0
+"""A proposal that takes longer is not made where the last one was not worth it."""
+
+
+@dataclass(slots=True)
+class Guessing:
+    """What the engine keeps of a sequence that drafts."""
+
+    drafter: Drafter
+    acceptance: Acceptance
+    cost_ms: float = 0.0
+    """What a proposal takes, lately."""
+    most: int = 16
+    """Nodes to ask for: more than were worth it last time."""
+    idle: int = 0
+    wait: int = PROBE_AFTER
+
+
+@dataclass(slots=True)
+class _Asked:
+    sequence: Sequence
+    guessing: Guessing
+    tree: Tree
+    rates: list[float] = field(default_factory=list)
+
+
+class Drafting:
+    """Gives sequences in decode a tree of guesses each (`plan`), keeps what became text (`keep`) and learns
+    of it (`settle`)."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.shared: dict[Any, Any] = {}
+        self.acceptance = Acceptance(ENGINE_TRIALS)
+        self._latency: LatencyModel | None = None
+        self._features = Features()
+
+    # -- before the pass --------------------------------------------------------------------------------
+
+    def plan(self, plan: Plan) -> None:
+        """Add guesses to an iteration whose rows are planned, as far as rows and blocks are left over."""
+        asked = [
+            _Asked(sequence, guessing, tree)
+            for sequence in plan.rows
+            if sequence.request.draft is not None and sequence.num_pending == 1 and sequence.num_output
+            for guessing in (self._guessing(sequence),)
+            for tree in (self._propose(sequence, guessing),)
+        ]
+        if not asked:
+            return
+        self._choose(plan, asked)
+        for part in asked:
+            tree = self._with_blocks(part.sequence, part.tree)
+            plan.drafts[part.sequence] = Draft(tree)
+            plan.num_rows += len(tree)
+        self._features = features_of(plan)
+
+    def _guessing(self, sequence: Sequence) -> Guessing:
+        if sequence.guessing is None:
+            request, engine = sequence.request, self.engine
+            assert request.draft is not None
+            adapter = request.adapter.name if request.adapter is not None else ""
+            place = DraftPlace(
+                engine.name,
+                engine.config.vocab_size,
+                (adapter, request.cache_salt),
+                self.shared,
+                home() if engine.settings.drafting.persist else None,
+                engine,
+            )
+            acceptance = Acceptance(SEQUENCE_TRIALS, self.acceptance)
+            sequence.guessing = Guessing(request.draft.drafter(place), acceptance)
+        return sequence.guessing
+
+    def _propose(self, sequence: Sequence, guessing: Guessing) -> Tree:
+        depth = self.engine.max_output(sequence.request) - sequence.num_output - 1
+        room = min(self.engine.settings.drafting.max_nodes, MOST_NODES)
+        if guessing.drafter.fixed:
+            most = room
+        elif guessing.idle >= guessing.wait:
+            most = min(PROBE_NODES, room)
+        else:
+            most = min(guessing.most, room)
+        if not guessing.drafter.fixed and 0 < guessing.idle < guessing.wait and guessing.cost_ms > CHEAP_MS:
+            guessing.idle += 1
+            return Tree()
+        if depth < 1:
+            return Tree()
+        start = time.perf_counter()
+        tree = guessing.drafter.propose(sequence.tokens, most)
+        took_ms = (time.perf_counter() - start) * 1e3
+        guessing.cost_ms += 0.2 * (took_ms - guessing.cost_ms)
+        return tree.keep([i for i, d in enumerate(tree.depths) if d <= depth][:most])
+
+    def _choose(self, plan: Plan, asked: list[_Asked]) -> None:
+        """Cut each tree to what is verified in this pass."""
+        room = self.engine.settings.scheduler.max_batch_tokens - plan.num_rows
+        for part in asked:
+            if part.guessing.drafter.fixed:
+                part.tree = part.tree.keep(range(min(room, len(part.tree))))
+                room -= len(part.tree)
+        free = [part for part in asked if len(part.tree) and not part.guessing.drafter.fixed]
+        if not free:
+            return
+        fixed = sum(len(part.tree) for part in asked if part.guessing.drafter.fixed)
+        cost_ms = sum(part.guessing.cost_ms for part in free)
+        for part in free:
+            part.rates = path_rates(part.tree, part.guessing.acceptance)
+        base = features_of(plan)
+        context = max(len(part.sequence.tokens) for part in free)
+        latency = self._model()
+
+        def time_of(n: int) -> float:
+            more = Features(rows=n + fixed, context=(n + fixed) * context, head_rows=n + fixed)
+            return latency.corrected(base + more) + (cost_ms if n else 0.0)
+
+        decodes = sum(sequence.num_pending == rows for sequence, rows in plan.rows.items())
+        chosen = most_promising([part.rates for part in free], decodes, room, time_of)
+        # Where even guesses that are all right would lose, there is nothing to find out.
+        n = min(room, PROBE_NODES)
+        hopeless = n < 1 or (decodes + n) * time_of(0) < decodes * time_of(n)
+        for part, nodes in zip(free, chosen, strict=True):
+            self._adapt(part, nodes, hopeless)
+
+    def _adapt(self, part: _Asked, nodes: list[int], hopeless: bool) -> None:
+        guessing = part.guessing
+        probing = guessing.idle >= guessing.wait and not hopeless
+        if nodes:
+            guessing.idle, guessing.wait = 0, PROBE_AFTER
+            guessing.most = min(2 * len(nodes) + 8, MOST_NODES)
+        elif probing:
+            nodes = list(range(min(PROBE_NODES, len(part.tree))))
+            guessing.idle, guessing.wait = 1, min(2 * guessing.wait, MOST_WAIT)
+        else:
+            guessing.idle += 1
+        part.tree = part.tree.keep(nodes)
+
+    def _with_blocks(self, sequence: Sequence, tree: Tree) -> Tree:
+        """As much of the tree as there is memory for: guesses never take a block from anybody's tokens."""
+        table, first = sequence.table, sequence.kv_start + 1
+        try:
+            table.grow(first + len(tree))
+        except OutOfBlocks:
+            return tree.keep(range(len(table.blocks) * table.pool.block_size - first))
+        return tree
+
+    # -- after it ---------------------------------------------------------------------------------------
+
+    def keep(self, sequence: Sequence, draft: Draft) -> None:
+        """The node that the walk has come to became text: its keys and values go behind those before it."""
+        target = sequence.num_computed
+        source = target - len(draft.path) + 1 + draft.path[-1]
+        if source != target:
+            slots = [
+                torch.tensor([sequence.table.slot(i)], device=self.engine.device) for i in (source, target)
+            ]
+            self.engine.kv.copy_slots(*slots)
+        sequence.num_computed += 1
+        if self.engine.scheduler.prefix_caching:
+            sequence.publish_blocks(target)
+
+    def settle(self, plan: Plan, logits: Tensor, measured_ms: float) -> None:
+        """Free what was not accepted, count, and let drafters learn."""
+        wants = max((s.guessing.drafter.wants for s in plan.drafts if s.guessing is not None), default=0)
+        rows = [d.first_row + i for d in plan.drafts.values() for i in range(1 + len(d.tree))]
+        top = self.engine.decoder.kernels.top(logits[rows], wants)[1].cpu().numpy() if wants else None
+        at = 0
+        for sequence, draft in plan.drafts.items():
+            guessing, size = sequence.guessing, 1 + len(draft.tree)
+            assert guessing is not None
+            for key, right in draft.results:
+                guessing.acceptance.count(key, right)
+            if len(draft.tree):
+                for counts in (sequence.request.drafts, self.engine.counters.drafts):
+                    counts.add(len(draft.tree), len(draft.path))
+            if sequence.finish_reason is None:
+                sequence.table.cut(-(-sequence.kv_start // sequence.table.pool.block_size))
+            known = sequence.tokens[-2 - len(draft.path)]
+            seen = top[at : at + size] if top is not None else _NOTHING
+            accepted = [0, *(1 + node for node in draft.path)]
+            guessing.drafter.learn(
+                Verified([known, *draft.tree.tokens], [0, *draft.tree.depths], accepted, seen)
+            )
+            if sequence.finish_reason is not None:
+                self.close(sequence)
+            at += size
+        if self._latency is not None:  # the co-server's own model learns elsewhere
+            self._latency.observe(self._features, measured_ms)
+
+    def close(self, sequence: Sequence) -> None:
+        """The sequence is over."""
+        if sequence.guessing is not None:
+            sequence.guessing.drafter.close()
+            sequence.guessing = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Of what drafters keep beyond their sequences."""
+        return sum(kept.num_bytes for kept in list(self.shared.values()))
+
+    def _model(self) -> LatencyModel:
+        """How long passes take: as the co-server knows, or as a short measurement says, kept on disk."""
+        if self.engine.coserver.latency is not None:
+            self._latency = None
+            return self.engine.coserver.latency
+        if self._latency is None:
+            self._latency = pass_times(self.engine, home() if self.engine.settings.drafting.persist else None)
+        return self._latency
+
+
+_NOTHING = torch.empty(0, 0, dtype=torch.int64).numpy()
+
+
+def features_of(plan: Plan) -> Features:
+    """What the time of an iteration's inference depends on, guesses included."""
+    features = Features(rows=plan.num_rows)
+    for sequence, rows in plan.rows.items():
+        start = sequence.num_computed
+        features.context += rows * start + rows * (rows + 1) // 2
+        features.head_rows += start + rows == len(sequence.tokens)
+    for sequence, draft in plan.drafts.items():
+        features.head_rows += len(draft.tree)
+        features.context += len(draft.tree) * len(sequence.tokens)
+    return features
