@@ -68,7 +68,7 @@ def most_promising(
         The chosen nodes of each tree, parents before children; none where guessing would lose.
     """
     # The best n nodes are the n most likely ones: a parent is as likely as its child, and comes first.
-    order = sorted((-rate, t, node) for t, tree in enumerate(rates) for node, rate in enumerate(tree))[:room]
+    order = sorted((-rate, node, t) for t, tree in enumerate(rates) for node, rate in enumerate(tree))[:room]
     best, speed = 0, GAIN * decodes / time_of(0)
     expected = float(decodes)
     for n, (rate, _, _) in enumerate(order, 1):
@@ -77,6 +77,6 @@ def most_promising(
         if now > speed:
             best, speed = n, now
     chosen: list[list[int]] = [[] for _ in rates]
-    for _, t, node in order[:best]:
+    for _, node, t in order[:best]:
         chosen[t].append(node)
     return chosen

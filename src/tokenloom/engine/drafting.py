@@ -14,6 +14,7 @@ from tokenloom.config import home
 from tokenloom.engine.draft import Draft, Drafter, DraftPlace, Tree, Verified
 from tokenloom.engine.draft_size import (
     ENGINE_TRIALS,
+    GAIN,
     SEQUENCE_TRIALS,
     Acceptance,
     most_promising,
@@ -151,7 +152,7 @@ class Drafting:
         chosen = most_promising([part.rates for part in free], decodes, room, time_of)
         # Where even guesses that are all right would lose, there is nothing to find out.
         n = min(room, PROBE_NODES)
-        hopeless = n < 1 or (decodes + n) * time_of(0) < decodes * time_of(n)
+        hopeless = n < 1 or (decodes + n) * time_of(0) < GAIN * decodes * time_of(n)
         for part, nodes in zip(free, chosen, strict=True):
             self._adapt(part, nodes, hopeless)
 
