@@ -1,4 +1,4 @@
-"""`tokenloom bench`: speed, and KV methods, measured on this machine."""
+"""`tokenloom bench`: speed, KV methods and drafters, measured on this machine."""
 
 from __future__ import annotations
 
@@ -128,3 +128,59 @@ def bench_kv(
     else:
         report.print_table(results, out)
         out.print(f"written: {', '.join(map(str, files))}", highlight=False)
+
+
+@bench_app.command("drafting")
+def bench_drafting(
+    specs: Annotated[
+        list[str] | None, typer.Argument(help="What to compare, e.g. ngram+token_recycling.")
+    ] = None,
+    workload: Annotated[str, typer.Option(help="Of chat, code, summary, json, arithmetic.")] = (
+        "chat,code,summary,json,arithmetic"
+    ),
+    temperature: Annotated[str, typer.Option(help="0 is greedy.")] = "0,0.7",
+    prompts: Annotated[int, typer.Option(min=1, help="Of each workload.")] = 4,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 128,
+    streams: Annotated[int, typer.Option(min=1, help="Prompts answered together.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the prompts, and of what is drawn.")] = 0,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the file.")] = Path(
+        "results/drafting"
+    ),
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    model: Model = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    quantize: Quantize = None,
+    backend: Backend = None,
+    threads: Threads = None,
+    config: Config = None,
+    set_: Set = None,
+) -> None:
+    """Compare drafters: passes, accepted guesses and tokens/s, against no drafting. Writes results.json."""
+    from tokenloom.bench.drafting import report
+    from tokenloom.bench.drafting.run import measure
+
+    flags = {
+        "drafting.persist": False,  # nothing may be known of these prompts
+        "cache.prefix_caching": False,  # every answer begins with the same chunks
+        **model_flags(model, dtype, device, quantize, backend, threads),
+    }
+    llm = open_llm(flags, config, set_)
+    with err.status("measuring") as status:
+        results = measure(
+            llm,
+            specs or ["ngram", "token_recycling", "token_recycling+ngram"],
+            [kind.strip() for kind in workload.split(",")],
+            temperatures=[float(part) for part in temperature.split(",")],
+            count=prompts,
+            new_tokens=new_tokens,
+            streams=streams,
+            seed=seed,
+            tell=status.update,
+        )
+    path = report.write_json(results, output)
+    if json_:
+        print(json.dumps(results, indent=2))
+    else:
+        report.print_table(results, out)
+        out.print(f"written: {path}", highlight=False)

@@ -14,6 +14,7 @@ from tokenloom.engine.latency_model import Features, LatencyModel
 from tokenloom.engine.request import Request
 from tokenloom.engine.sampling_params import SamplingParams
 from tokenloom.finetune.trainer import Trainer
+from tokenloom.methods.drafting import draft_method
 from training_rig import Rig, random_samples
 
 ROW_MS, TPOT_MS, IDLE_MS = 10.0, 1000.0, 300.0
@@ -186,3 +187,22 @@ def test_off_means_off(rig: Rig) -> None:
     while engine.has_work:
         engine.step()
     assert job.slots_needed() and job.rows_run == 0
+
+
+def test_drafted_rows_count_in_the_budget_and_training_changes_no_drafted_answer(rig: Rig) -> None:
+    alone, beside = [], []
+    engine = rig.engine()
+    engine.add(endless("r"))
+    while engine.has_work:
+        alone += [token for output in engine.step() for d in output.deltas for token in d.token_ids]
+    engine, _, model = training_engine(rig, drafting__persist=False)
+    request = endless("r")
+    request.draft = draft_method("token_recycling(tree=n16)")
+    engine.add(request)
+    while not request.finished:
+        beside += [token for output in engine.step() for d in output.deltas for token in d.token_ids]
+    assert beside == alone
+    assert request.drafts.accepted > 0
+    mixed = [i for i in engine.coserver.iterations if i.inference_rows > 1 and (i.train_rows or i.piece_rows)]
+    assert mixed, "nothing was trained beside drafts"
+    assert max(model.predict(features) for features in model.asked) <= TPOT_MS * 0.9 * 1.5

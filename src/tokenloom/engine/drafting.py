@@ -68,6 +68,8 @@ class Drafting:
         self.acceptance = Acceptance(ENGINE_TRIALS)
         self._latency: LatencyModel | None = None
         self._features = Features()
+        if engine.settings.methods.draft:
+            self._model()  # else the first request would wait for it
 
     # -- before the pass --------------------------------------------------------------------------------
 
@@ -124,6 +126,8 @@ class Drafting:
         tree = guessing.drafter.propose(sequence.tokens, most)
         took_ms = (time.perf_counter() - start) * 1e3
         guessing.cost_ms += 0.2 * (took_ms - guessing.cost_ms)
+        if len(tree) <= most and max(tree.depths, default=0) <= depth:
+            return tree
         return tree.keep([i for i, d in enumerate(tree.depths) if d <= depth][:most])
 
     def _choose(self, plan: Plan, asked: list[_Asked]) -> None:
@@ -145,8 +149,9 @@ class Drafting:
         latency = self._model()
 
         def time_of(n: int) -> float:
-            more = Features(rows=n + fixed, context=(n + fixed) * context, head_rows=n + fixed)
-            return latency.corrected(base + more) + (cost_ms if n else 0.0)
+            more = n + fixed
+            features = Features(base.rows + more, base.context + more * context, base.head_rows + more)
+            return latency.corrected(features) + (cost_ms if n else 0.0)
 
         decodes = sum(sequence.num_pending == rows for sequence, rows in plan.rows.items())
         chosen = most_promising([part.rates for part in free], decodes, room, time_of)
@@ -167,7 +172,8 @@ class Drafting:
             guessing.idle, guessing.wait = 1, min(2 * guessing.wait, MOST_WAIT)
         else:
             guessing.idle += 1
-        part.tree = part.tree.keep(nodes)
+        if nodes != list(range(len(part.tree))):
+            part.tree = part.tree.keep(nodes)
 
     def _with_blocks(self, sequence: Sequence, tree: Tree) -> Tree:
         """As much of the tree as there is memory for: guesses never take a block from anybody's tokens."""
@@ -193,11 +199,15 @@ class Drafting:
         if self.engine.scheduler.prefix_caching:
             sequence.publish_blocks(target)
 
-    def settle(self, plan: Plan, logits: Tensor, measured_ms: float) -> None:
-        """Free what was not accepted, count, and let drafters learn."""
+    def settle(self, plan: Plan, logits: Tensor, measured_ms: float | None) -> None:
+        """Free what was not accepted, count, and let drafters learn.
+
+        measured_ms: what the pass took; None where others had a part in it.
+        """
         wants = max((s.guessing.drafter.wants for s in plan.drafts if s.guessing is not None), default=0)
         rows = [d.first_row + i for d in plan.drafts.values() for i in range(1 + len(d.tree))]
-        top = self.engine.decoder.kernels.top(logits[rows], wants)[1].cpu().numpy() if wants else None
+        heard = logits if len(rows) == len(logits) else logits[rows]
+        top = self.engine.decoder.kernels.top(heard, wants)[1].cpu().numpy() if wants else None
         at = 0
         for sequence, draft in plan.drafts.items():
             guessing, size = sequence.guessing, 1 + len(draft.tree)
@@ -218,7 +228,7 @@ class Drafting:
             if sequence.finish_reason is not None:
                 self.close(sequence)
             at += size
-        if self._latency is not None:  # the co-server's own model learns elsewhere
+        if self._latency is not None and measured_ms is not None:  # the co-server's own learns elsewhere
             self._latency.observe(self._features, measured_ms)
 
     def close(self, sequence: Sequence) -> None:

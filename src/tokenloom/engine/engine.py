@@ -81,11 +81,11 @@ class Engine:
         )
         self.adapters = AdapterRegistry(settings.adapters.max_loaded)
         self.coserver = Coserver(settings, self.scheduler, self.pool, self.decoder, self.kv)
-        self.drafting = Drafting(self)
         self.end_tokens = files.config.eos_token_ids
         self.requests: dict[str, Request] = {}
         self.counters = EngineStats()
         self.timer: PhaseTimer = _untimed
+        self.drafting = Drafting(self)
 
     def _allocate_kv(self) -> KVCache:
         config, cache = self.config, self.settings.cache
@@ -187,7 +187,7 @@ class Engine:
         self.coserver.after(train_rows, took_ms)
         with self.timer("publish"):
             if plan.drafts:
-                self.drafting.settle(plan, logits, took_ms)
+                self.drafting.settle(plan, logits, None if train_rows else took_ms)
             return self._publish(ready, gains)
 
     def _build(self, plan: Plan, train_rows: int) -> Batch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ from tokenloom.models.decoder import Decoder
 from tokenloom.models.loader import open_model
 from tokenloom.models.weight_loader import Quantize, WeightLoader
 
+_loading = threading.Lock()  # requests are checked on threads of their own
 CHUNK = 256
 """Rows of one pass over a text that the draft model has not read yet."""
 
@@ -52,12 +54,12 @@ class DraftModel:
     order: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        if bool(self.model) == bool(self.layers):
-            raise ValueError("either model or layers must be given")
         if self.layers < 0 or not 1 <= self.tokens <= 64:
             raise ValueError(f"layers is {self.layers} and tokens {self.tokens}: tokens must be from 1 to 64")
 
     def check(self, engine: Any) -> None:
+        if bool(self.model) == bool(self.layers):
+            raise ValueError("either model or layers must be given")
         if self.layers >= engine.config.num_layers:
             raise ValueError(f"layers is {self.layers}, and the model itself has {engine.config.num_layers}")
         if self.model:
@@ -71,16 +73,19 @@ class DraftModel:
     def _resident(self, engine: Any) -> Resident:
         """The draft model, loaded when it is first asked for."""
         shared, key = engine.drafting.shared, ("draft_model", self.model, self.layers)
-        if key not in shared:
-            try:
-                decoder = (
-                    _load(engine, self.model) if self.model else _fewer_layers(engine.decoder, self.layers)
-                )
-            except ModelError as error:
-                raise ValueError(str(error)) from error
-            shared[key] = Resident(decoder, engine)
-        found: Resident = shared[key]
+        with _loading:
+            if key not in shared:
+                shared[key] = Resident(self._decoder(engine), engine)
+            found: Resident = shared[key]
         return found
+
+    def _decoder(self, engine: Any) -> Decoder:
+        if not self.model:
+            return _fewer_layers(engine.decoder, self.layers)
+        try:
+            return _load(engine, self.model)
+        except ModelError as error:
+            raise ValueError(str(error)) from error
 
 
 def _allowed(engine: Any) -> set[str]:
