@@ -20,22 +20,25 @@ def write_json(results: dict[str, Any], folder: Path) -> Path:
 
 def print_table(results: dict[str, Any], out: Console) -> None:
     """Tokens/s are of decoding alone; `x` is against no drafting on the same prompts, in turn with it."""
+    names = ("tok/s", "x", "tok/pass", "no loops", "accepted", "repeats", "same")
     for temperature in dict.fromkeys(row["temperature"] for row in results["rows"]):
-        names = ("tok/s", "x", "tok/pass", "no loops", "accepted", "repeats", "same")
         table = Table(
-            "workload",
             Column("drafter", overflow="fold"),
             *(Column(name, justify="right", no_wrap=True) for name in names),
             title=f"temperature {temperature:g}",
             box=SIMPLE,
             padding=(0, 1, 0, 0),
         )
+        workload = ""
         for row in results["rows"]:
             if row["temperature"] != temperature:
                 continue
+            if row["workload"] != workload:
+                workload = row["workload"]
+                table.add_section()
+                table.add_row(f"[bold]{workload}[/]")
             straight = row["tokens_per_pass_without_loops"]
             table.add_row(
-                row["workload"],
                 row["spec"],
                 f"{row['tokens_per_s']:.1f}",
                 f"{row['speedup']:.2f}",

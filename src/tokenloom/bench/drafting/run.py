@@ -34,7 +34,7 @@ class Answer:
 
     Attributes:
         tokens: all tokens of each answer.
-        passes, seconds, decoded: from that moment on, decoded being tokens.
+        passes, seconds, decoded: from that moment on; passes of each sequence, decoded tokens.
     """
 
     tokens: list[list[int]] = field(default_factory=list)
@@ -123,8 +123,9 @@ def answer(
     while engine.has_work:
         if not start and all(sequence.num_output for sequence in sequences):
             start, at_start = time.perf_counter(), sum(sequence.num_output for sequence in sequences)
+        if start:
+            found.passes += sum(sequence.finish_reason is None for sequence in sequences)
         engine.step()
-        found.passes += start > 0
     found.seconds = time.perf_counter() - start
     found.tokens = [sequence.output for sequence in sequences]
     found.decoded = sum(map(len, found.tokens)) - at_start
