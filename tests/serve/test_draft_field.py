@@ -57,9 +57,10 @@ def test_a_server_drafts_unless_a_request_says_otherwise(drafting: Running) -> N
 
 
 def test_a_request_may_name_a_drafter(drafting: Running) -> None:
-    body = {"model": "tiny", "messages": [{"role": "user", "content": LOOP}], "max_tokens": 8}
-    spec = "token_recycling(tree=n16)+ngram"
-    answer = drafting.http.post("/v1/chat/completions", json={**body, "draft": spec})
+    messages = [{"role": "user", "content": LOOP}]
+    fixed = {"model": "tiny", "messages": messages, "max_tokens": 40, "temperature": 0, "ignore_eos": True}
+    spec = "token_recycling(tree=n16)+ngram(fixed=True)"
+    answer = drafting.http.post("/v1/chat/completions", json={**fixed, "draft": spec})
     assert answer.json()["usage"]["completion_tokens_details"]["draft_passes"] > 0
 
 

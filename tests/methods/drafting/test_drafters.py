@@ -131,8 +131,8 @@ def drafted(files: ModelFiles, row_ms: float, right: bool, tokens: int = 200) ->
 
 
 def test_right_guesses_are_verified_where_rows_are_cheap(files: ModelFiles) -> None:
-    counts = drafted(files, 0.5, right=True)
-    assert len(counts) < 60 and min(counts[5:-3]) >= 4
+    counts = drafted(files, 0.5, right=True, tokens=100)
+    assert len(counts) < 35 and min(counts[5:-3]) >= 4
 
 
 def test_wrong_guesses_are_given_up_and_tried_again_ever_more_rarely(files: ModelFiles) -> None:
@@ -145,7 +145,7 @@ def test_wrong_guesses_are_given_up_and_tried_again_ever_more_rarely(files: Mode
 
 
 def test_nothing_is_tried_where_even_right_guesses_would_lose(files: ModelFiles) -> None:
-    assert not any(drafted(files, 1000.0, right=True)[20:])
+    assert not any(drafted(files, 1000.0, right=True, tokens=60)[20:])
 
 
 def test_drafted_rows_count_in_what_an_iteration_is_planned_to_take(files: ModelFiles) -> None:

@@ -123,16 +123,23 @@ def test_a_node_has_the_logits_and_keys_of_its_path(
                 torch.testing.assert_close(had, now, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [
+        *((spec, "native") for spec in SPECS),
+        *((spec, "reference") for spec in SPECS[1:5:2]),
+        (SPECS[3], "native int8"),
+        (SPECS[1], "torch"),
+    ],
+)
 def test_an_answer_is_the_same_whoever_guesses(files: ModelFiles, spec: str, name: str) -> None:
     engine = build_engine(files, **backend(name), cache__prefix_caching=False)  # else chunks would differ
     prompt = text_of(3, 9) * 2
     tolerance = 0.0 if name in EXACT else 1e-5
     for params in ({}, {"temperature": 0.8, "seed": 11, "top_p": 0.9}):
-        plain = run(engine, request(prompt, **params))[0]
+        plain = run(engine, request(prompt, max_tokens=16, **params))[0]
         for _ in range(2):  # cold and warm
-            same(run(engine, request(prompt, spec, **params))[0], plain, tolerance)
+            same(run(engine, request(prompt, spec, max_tokens=16, **params))[0], plain, tolerance)
 
 
 @pytest.mark.parametrize("nodes", [0, 12, 60])
