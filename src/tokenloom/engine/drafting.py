@@ -225,14 +225,12 @@ class Drafting:
             guessing.drafter.learn(
                 Verified([known, *draft.tree.tokens], [0, *draft.tree.depths], accepted, seen)
             )
-            if sequence.finish_reason is not None:
-                self.close(sequence)
             at += size
         if self._latency is not None and measured_ms is not None:  # the co-server's own learns elsewhere
             self._latency.observe(self._features, measured_ms)
 
     def close(self, sequence: Sequence) -> None:
-        """The sequence is over."""
+        """The sequence is over. May be said twice."""
         if sequence.guessing is not None:
             sequence.guessing.drafter.close()
             sequence.guessing = None

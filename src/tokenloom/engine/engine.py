@@ -353,6 +353,8 @@ class Engine:
                     output.drafts = request.drafts
             output.deltas.append(delta)
             sequence.last_token_s = now
+            if sequence.finish_reason is not None:
+                self.drafting.close(sequence)
             if request.finished and not output.finished:
                 output.finished = True
                 self._close(request)

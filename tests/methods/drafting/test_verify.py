@@ -29,6 +29,7 @@ from tokenloom.engine.draft import Tree
 from tokenloom.engine.request import Request
 from tokenloom.errors import RequestError
 from tokenloom.kernels import native
+from tokenloom.methods.drafting.draft_model import Resident
 from tokenloom.models.adapters import Adapter, Dims, LoraConfig
 from tokenloom.models.loader import ModelFiles
 
@@ -210,8 +211,11 @@ def check(files: ModelFiles, mix: list[dict[str, Any]], tolerance: float, **flag
             text = [*m["prompt"], *known.completions[0].token_ids]
             draft = Scripted(foretelling(text, m["ahead"], m["nodes"]), wants=3)
         requests.append(request(m["prompt"], draft, f"r{i}", **m["params"]))
-    for actual, expected in zip(run(build_engine(files, **flags), *requests), plain, strict=True):
+    engine = build_engine(files, **flags)
+    for actual, expected in zip(run(engine, *requests), plain, strict=True):
         same(actual, expected, tolerance)
+    residents = [kept for kept in engine.drafting.shared.values() if isinstance(kept, Resident)]
+    assert all(resident.pool.num_used == 0 for resident in residents)
 
 
 relaxed = settings(
