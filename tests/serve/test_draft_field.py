@@ -80,6 +80,18 @@ def test_streams_give_the_same_text_and_usage(drafting: Running) -> None:
     assert chunks[-1]["usage"]["completion_tokens_details"] == details(whole)
 
 
+def test_streamed_logprobs_are_those_of_the_whole_answer(drafting: Running) -> None:
+    whole = complete(drafting, logprobs=2, draft="off").json()["choices"][0]["logprobs"]
+    streamed = events(complete(drafting, logprobs=2, stream=True))[:-1]
+    parts = [json.loads(event)["choices"][0]["logprobs"] for event in streamed]
+    parts = [part for part in parts if part is not None]
+    assert any(len(part["tokens"]) > 1 for part in parts), "no pass gave two tokens"
+    for key in ("tokens", "text_offset"):
+        assert [value for part in parts for value in part[key]] == whole[key]
+    logprobs = [value for part in parts for value in part["token_logprobs"]]
+    assert logprobs == pytest.approx(whole["token_logprobs"], abs=1e-9)
+
+
 def test_metrics_count_guesses_by_position(drafting: Running) -> None:
     def metric(name: str) -> float:
         lines = drafting.http.get("/metrics").text.splitlines()

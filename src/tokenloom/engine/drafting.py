@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -204,13 +205,9 @@ class Drafting:
 
         measured_ms: what the pass took; None where others had a part in it.
         """
-        wants = max((s.guessing.drafter.wants for s in plan.drafts if s.guessing is not None), default=0)
-        rows = [d.first_row + i for d in plan.drafts.values() for i in range(1 + len(d.tree))]
-        heard = logits if len(rows) == len(logits) else logits[rows]
-        top = self.engine.decoder.kernels.top(heard, wants)[1].cpu().numpy() if wants else None
-        at = 0
+        tops = self._tops(plan, logits)
         for sequence, draft in plan.drafts.items():
-            guessing, size = sequence.guessing, 1 + len(draft.tree)
+            guessing = sequence.guessing
             assert guessing is not None
             for key, right in draft.results:
                 guessing.acceptance.count(key, right)
@@ -220,14 +217,23 @@ class Drafting:
             if sequence.finish_reason is None:
                 sequence.table.cut(-(-sequence.kv_start // sequence.table.pool.block_size))
             known = sequence.tokens[-2 - len(draft.path)]
-            seen = top[at : at + size] if top is not None else _NOTHING
             accepted = [0, *(1 + node for node in draft.path)]
-            guessing.drafter.learn(
-                Verified([known, *draft.tree.tokens], [0, *draft.tree.depths], accepted, seen)
-            )
-            at += size
+            tokens, depths = [known, *draft.tree.tokens], [0, *draft.tree.depths]
+            guessing.drafter.learn(Verified(tokens, depths, accepted, tops.get(sequence, _NOTHING)))
         if self._latency is not None and measured_ms is not None:  # the co-server's own learns elsewhere
             self._latency.observe(self._features, measured_ms)
+
+    def _tops(self, plan: Plan, logits: Tensor) -> dict[Sequence, np.ndarray]:
+        """The most likely tokens of the rows of drafts, for drafters that want to know."""
+        asking = {s: s.guessing.drafter.wants for s in plan.drafts if s.guessing and s.guessing.drafter.wants}
+        if not asking:
+            return {}
+        drafts = [plan.drafts[sequence] for sequence in asking]
+        rows = [draft.first_row + i for draft in drafts for i in range(1 + len(draft.tree))]
+        heard = logits if rows == list(range(len(logits))) else logits[rows]
+        top = self.engine.decoder.kernels.top(heard, max(asking.values()))[1].cpu().numpy()
+        ends = np.cumsum([1 + len(draft.tree) for draft in drafts])
+        return dict(zip(asking, np.split(top, ends[:-1]), strict=True))
 
     def close(self, sequence: Sequence) -> None:
         """The sequence is over. May be said twice."""
