@@ -37,6 +37,15 @@ struct Span {
     int head = -1;
 };
 
+// Rows of keys, [Hk, width] each, float32 or int8 with a scale for each head, and which of them are meant.
+struct KeyRows {
+    const void* data;
+    const float* scales;  // null: float32
+    int heads, width;     // width: a multiple of 8
+    const int64_t* slots;
+};
+constexpr int MOST_WIDTH = 256;
+
 // One attention: who reads what. `window` 0: everything before.
 struct AttentionShape {
     int heads, kv_heads, head_dim, block_size, window;
@@ -129,6 +138,8 @@ struct Kernels {
     void (*attention)(Work& work, const float* q, const AttentionShape& shape, const Span* spans,
                       const AttentionTask* tasks, int num_tasks, float* partials, const KVLayer& kv,
                       float* out, float* lse);  // lse [T, Hq]: log of the sum of e^score; null: not wanted
+    // out [heads, count]: q [heads, width] times the keys at keys.slots [count].
+    void (*key_scores)(Work& work, const float* q, const KeyRows& keys, int heads, int count, float* out);
     void (*attention_backward)(Work& work, const AttentionShape& shape, const AttentionGradients& gradients,
                                const KVLayer& kv);
     // The k largest of each row in descending order (of equal ones the first), and log(sum(exp(row))).

@@ -119,7 +119,8 @@ void silu_mul_backward(Rows dy, Rows gate_up, Out out, int threads) {
     });
 }
 
-using Lse = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Matrix = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Lse = Matrix;
 
 AttentionShape shape_of(const Heads& q, const KV& kv, int block_size, int window, ptrdiff_t out_stride) {
     const int heads = static_cast<int>(q.shape(1)), head_dim = static_cast<int>(q.shape(2));
@@ -200,6 +201,30 @@ void attention_at(Heads q, const KV& kv, Vector<int64_t> cells, Vector<int64_t> 
     });
 }
 
+// Each query head's products with the keys of its kv head at chosen slots.
+void key_scores(Rows q, Cache keys, std::optional<Scales> scales, Vector<int64_t> slots, Matrix out, int threads) {
+    check_rows(q, "q");
+    const int heads = static_cast<int>(q.shape(0)), width = static_cast<int>(q.shape(1));
+    const int kv_heads = static_cast<int>(keys.shape(1)), count = static_cast<int>(slots.shape(0));
+    if (static_cast<int>(keys.shape(2)) != width || width % 8 || width > MOST_WIDTH) bad("keys: wrong width");
+    if (kv_heads < 1 || heads % kv_heads) bad("q: heads: not a multiple of kv_heads");
+    if (q.stride(0) != width) bad("q: rows must be contiguous");
+    if (keys.dtype() != (scales ? nb::dtype<int8_t>() : nb::dtype<float>())) {
+        bad("keys: float32, or int8 with scales, expected");
+    }
+    if (scales && (scales->shape(0) != keys.shape(0) || scales->shape(1) != keys.shape(1))) bad("scales: wrong shape");
+    if (out.shape(0) != q.shape(0) || out.shape(1) != slots.shape(0)) bad("out: wrong shape");
+    for (int i = 0; i < count; ++i) {
+        if (slots.data()[i] < 0 || slots.data()[i] >= static_cast<int64_t>(keys.shape(0))) bad("slots: out of range");
+    }
+    const KeyRows rows{keys.data(), scales ? scales->data() : nullptr, kv_heads, width, slots.data()};
+    nb::gil_scoped_release release;
+    run_team(threads, [&](Team& team) {
+        Work work(team, threads);
+        isa().key_scores(work, q.data(), rows, heads, count, out.data());
+    });
+}
+
 using Gradient = nb::ndarray<float, nb::ndim<3>, nb::device::cpu>;  // [Hk, tokens, D]
 
 void attention_backward(HeadsOut dq, Gradient dk, Gradient dv, Heads d_out, Heads q, Heads out, Lse lse, const KV& kv,
@@ -252,7 +277,7 @@ void attention_backward(HeadsOut dq, Gradient dk, Gradient dv, Heads d_out, Head
     });
 }
 
-void top(Rows x, nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu> values,
+void top(Rows x, Matrix values,
          nb::ndarray<int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu> ids,
          nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu> norms, int threads) {
     check_rows(x, "x");
@@ -338,6 +363,8 @@ NB_MODULE(_native, m) {
     m.def("attention", &attention, "q"_a, "kv"_a, "layer"_a, "spans"_a, "blocks"_a, "block_size"_a, "window"_a,
           "out"_a.noconvert(), "lse"_a.noconvert().none(), "threads"_a);
     m.def("attention_at", &attention_at, "q"_a, "kv"_a, "cells"_a, "ends"_a, "out"_a.noconvert(), "threads"_a);
+    m.def("key_scores", &key_scores, "q"_a, "keys"_a.noconvert(), "scales"_a.noconvert().none(), "slots"_a,
+          "out"_a.noconvert(), "threads"_a);
     m.def("attention_backward", &attention_backward, "dq"_a.noconvert(), "dk"_a.noconvert(), "dv"_a.noconvert(),
           "d_out"_a, "q"_a, "out"_a, "lse"_a, "kv"_a, "layer"_a, "spans"_a, "blocks"_a, "firsts"_a, "block_size"_a,
           "window"_a, "threads"_a, "Writes dq, adds to dk and dv.");

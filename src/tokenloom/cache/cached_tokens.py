@@ -100,6 +100,11 @@ class CachedTokens:
         first = self.kv.cells(layer, slots.new_zeros(1)).repeat_interleave(heads // kv_heads, 0)
         return torch.add(first, slots[index], alpha=kv_heads)
 
+    def scores(self, layer: int, q: Tensor, begin: int, end: int) -> Tensor:
+        """q . k of queries q `[Hq, D]` and the keys of tokens `begin .. end`, `[Hq, end - begin]`."""
+        scales = self._scales(self.kv.key_scales, layer)
+        return self.kernels.key_scores(q, self.kv.keys[layer], self.slots()[begin:end], scales)
+
     def attend(self, layer: int, q: Tensor, index: Tensor | None = None) -> Tensor:
         """Attention of rows q `[n, Hq, D]` over the tokens at `index` alone, `[n, Hq, D]`.
 

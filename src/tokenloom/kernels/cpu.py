@@ -94,6 +94,14 @@ class CpuKernels(TorchKernels):
         native.attention_at(q, native_cache(kv), flat, ends, out, torch.get_num_threads())
         return out
 
+    def key_scores(self, q: Tensor, keys: Tensor, slots: Tensor, scales: Tensor | None = None) -> Tensor:
+        width = q.shape[1]
+        if q.dtype != torch.float32 or width % 8 or width > 2 * HEAD_DIMS[-1]:
+            return super().key_scores(q, keys, slots, scales)
+        out = torch.empty(len(q), len(slots))
+        native.key_scores(q.contiguous(), keys, scales, slots, out, torch.get_num_threads())
+        return out
+
     def attention_for_backward(
         self, q: Tensor, kv: KVCache, layer: int, spans: list[KVSpan], window: int | None = None
     ) -> tuple[Tensor, Any]:

@@ -181,6 +181,18 @@ class Kernels(Protocol):
             `[n, Hq, D]`.
         """
 
+    def key_scores(self, q: Tensor, keys: Tensor, slots: Tensor, scales: Tensor | None = None) -> Tensor:
+        """q . k of every query head with chosen keys of its kv head.
+
+        Args:
+            q: `[Hq, W]`.
+            keys: `[S, Hk, W]`; int8 ones have a scale per slot and head, `[S, Hk]`.
+            slots: which of them, int64 `[m]`.
+
+        Returns:
+            `[Hq, m]`.
+        """
+
     def attention_for_backward(
         self, q: Tensor, kv: KVCache, layer: int, spans: list[KVSpan], window: int | None = None
     ) -> tuple[Tensor, Any]:

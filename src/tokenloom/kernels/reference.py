@@ -96,6 +96,15 @@ class ReferenceKernels:
                 out[i, j] = torch.matmul(weights, values[:end].contiguous())
         return out.view(n, num_heads, head_dim)
 
+    def key_scores(self, q: Tensor, keys: Tensor, slots: Tensor, scales: Tensor | None = None) -> Tensor:
+        group = len(q) // keys.shape[1]
+        out = q.new_empty(len(q), len(slots))
+        for head, query in enumerate(q):
+            for i, slot in enumerate(slots.tolist()):
+                key = keys[slot, head // group].to(q.dtype)
+                out[head, i] = query @ (key if scales is None else key * scales[slot, head // group])
+        return out
+
     def attention_for_backward(
         self, q: Tensor, kv: KVCache, layer: int, spans: list[KVSpan], window: int | None = None
     ) -> tuple[Tensor, None]:

@@ -118,6 +118,13 @@ class TorchKernels:
             out[:, i] = _tiled(queries[:, i], k, v, None)
         return out.view(n, num_heads, head_dim)
 
+    def key_scores(self, q: Tensor, keys: Tensor, slots: Tensor, scales: Tensor | None = None) -> Tensor:
+        chosen = keys[slots]
+        if scales is not None:
+            chosen = chosen * scales[slots][..., None]
+        queries = q.view(keys.shape[1], -1, q.shape[1])
+        return torch.matmul(queries, chosen.to(q.dtype).permute(1, 2, 0)).flatten(0, 1)
+
     def attention_for_backward(
         self, q: Tensor, kv: KVCache, layer: int, spans: list[KVSpan], window: int | None = None
     ) -> tuple[Tensor, Any]:
