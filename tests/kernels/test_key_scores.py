@@ -1,4 +1,4 @@
-"""Products of queries with chosen keys: every backend against plain arithmetic in float64, and what is refused."""
+"""Products of queries with chosen keys: every backend against float64, and what is refused."""
 
 from __future__ import annotations
 
