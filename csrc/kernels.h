@@ -145,6 +145,8 @@ struct Kernels {
     // The k largest of each row in descending order (of equal ones the first), and log(sum(exp(row))).
     void (*top)(Work& work, const float* x, ptrdiff_t stride, int rows, int width, int k, float* values,
                 int64_t* ids, float* norms);
+    // Where the k largest of each row are, in ascending order; of equal ones the first count.
+    void (*largest)(Work& work, const float* x, ptrdiff_t stride, int rows, int width, int k, int64_t* ids);
     void (*sum)(Work& work, const uint64_t* data, size_t count, uint64_t* out);  // one figure per thread
 };
 

@@ -73,7 +73,7 @@ extern const Kernels kernels;
 const Kernels kernels = {
     TOKENLOOM_ISA_NAME, quantize,          linear,      unpack,    unpack_group, rms_norm,           silu_mul,
     rms_norm_backward,  silu_mul_backward, rope_append, attention, key_scores,   attention_backward, top,
-    sum_words,
+    largest,            sum_words,
 };
 
 }  // namespace TOKENLOOM_ISA

@@ -6,19 +6,33 @@ constexpr int LATE = 16;          // so many keys ahead are asked for: their pla
 // Eight keys of one kv head meet its queries lane by lane.
 inline void score_eight(const float* const* keys, const float* q, int queries, int width, float* out, ptrdiff_t stride,
                         int count) {
+    const int whole = width / WIDE * WIDE;
     for (int i = 0; i < queries; ++i) {
         const float* x = q + static_cast<ptrdiff_t>(i) * width;
-        f32x8 products[8];
+        // Or the compiler copies all eight keys to the stack, since they are the same for each query.
+        asm("" ::: "memory");
+        f32xw products[8];
         TOKENLOOM_UNROLL
-        for (int k = 0; k < 8; ++k) products[k] = splat(0.0f);
-        for (int d = 0; d < width; d += 8) {
-            const f32x8 part = load(x + d);
+        for (int k = 0; k < 8; ++k) products[k] = f32xw{};
+        for (int d = 0; d < whole; d += WIDE) {
+            const f32xw part = load_wide(x + d);
             TOKENLOOM_UNROLL
-            for (int k = 0; k < 8; ++k) products[k] += part * load(keys[k] + d);
+            for (int k = 0; k < 8; ++k) products[k] += part * load_wide(keys[k] + d);
         }
-        alignas(32) float all[8];
-        store(all, sums(products));
-        std::copy_n(all, count, out + i * stride);
+        f32x8 lanes[8];
+        TOKENLOOM_UNROLL
+        for (int k = 0; k < 8; ++k) lanes[k] = folded(products[k]);
+        if (whole < width) {
+            const f32x8 part = load(x + whole);
+            TOKENLOOM_UNROLL
+            for (int k = 0; k < 8; ++k) lanes[k] += part * load(keys[k] + whole);
+        }
+        const f32x8 all = sums(lanes);
+        if (count == 8) {
+            store(out + i * stride, all);
+        } else {
+            for (int k = 0; k < count; ++k) out[i * stride + k] = all[k];
+        }
     }
 }
 

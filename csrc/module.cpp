@@ -277,8 +277,9 @@ void attention_backward(HeadsOut dq, Gradient dk, Gradient dv, Heads d_out, Head
     });
 }
 
-void top(Rows x, Matrix values,
-         nb::ndarray<int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu> ids,
+using Ids = nb::ndarray<int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+void top(Rows x, Matrix values, Ids ids,
          nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu> norms, int threads) {
     check_rows(x, "x");
     const int rows = static_cast<int>(x.shape(0)), k = static_cast<int>(values.shape(1));
@@ -292,6 +293,18 @@ void top(Rows x, Matrix values,
         Work work(team, threads);
         isa().top(work, x.data(), x.stride(0), rows, static_cast<int>(x.shape(1)), k, values.data(), ids.data(),
                   norms.data());
+    });
+}
+
+void largest(Rows x, Ids ids, int threads) {
+    check_rows(x, "x");
+    const int rows = static_cast<int>(x.shape(0)), k = static_cast<int>(ids.shape(1));
+    if (static_cast<int>(ids.shape(0)) != rows || k > static_cast<int>(x.shape(1))) bad("ids: wrong shape");
+    if (k == 0) return;
+    nb::gil_scoped_release release;
+    run_team(threads, [&](Team& team) {
+        Work work(team, threads);
+        isa().largest(work, x.data(), x.stride(0), rows, static_cast<int>(x.shape(1)), k, ids.data());
     });
 }
 
@@ -369,6 +382,7 @@ NB_MODULE(_native, m) {
           "d_out"_a, "q"_a, "out"_a, "lse"_a, "kv"_a, "layer"_a, "spans"_a, "blocks"_a, "firsts"_a, "block_size"_a,
           "window"_a, "threads"_a, "Writes dq, adds to dk and dv.");
     m.def("top", &top, "x"_a, "values"_a.noconvert(), "ids"_a.noconvert(), "norms"_a.noconvert(), "threads"_a);
+    m.def("largest", &largest, "x"_a, "ids"_a.noconvert(), "threads"_a);
     m.def("read_all", &read_all, "data"_a, "threads"_a, "Reads every byte once: the memory's speed.");
     m.def("isas", &isas, "Instruction sets of this build that this machine runs, best first.");
     m.def("use_isa", &use_isa, "name"_a, "Compute with this one from now on.");

@@ -93,12 +93,8 @@ class CachedTokens:
 
     def cells(self, layer: int, index: Tensor | None = None) -> Tensor:
         """Cells `[heads, n]` of tokens at `index`, `[n]`, or by head `[Hk, n]` or `[Hq, n]`; None: all."""
-        slots = self.slots()
-        if index is None or index.dim() == 1:
-            return self.kv.cells(layer, slots if index is None else slots[index])
-        heads, kv_heads = len(index), self.num_kv_heads
-        first = self.kv.cells(layer, slots.new_zeros(1)).repeat_interleave(heads // kv_heads, 0)
-        return torch.add(first, slots[index], alpha=kv_heads)
+        slots = self.slots() if index is None else self.slots().take(index)
+        return self.kv.cells(layer, slots)
 
     def scores(self, layer: int, q: Tensor, begin: int, end: int) -> Tensor:
         """q . k of queries q `[Hq, D]` and the keys of tokens `begin .. end`, `[Hq, end - begin]`."""

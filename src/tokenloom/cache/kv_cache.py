@@ -68,14 +68,16 @@ class KVCache:
     # -- cells: one token's keys or values of one head, wherever they lie ------------------------------------
 
     def cells(self, layer: int, slots: Tensor) -> Tensor:
-        """The cells that hold the keys of slots `[n]` in one layer, int64 `[Hk, n]`.
+        """The cells that hold the keys of slots in one layer, int64 `[Hk, n]` or, with slots of its own for each
+        query head, `[Hq, n]`: slots `[n]`, `[Hk, n]` or `[Hq, n]`.
 
         A cell is a row of the whole cache seen as `[L * 2 * num_slots * Hk, D]`. Its values lie
         `num_slots * Hk` cells further on.
         """
         heads = self.keys[0].shape[1]
-        first = torch.arange(heads, device=slots.device)[:, None] + 2 * layer * self.num_slots * heads
-        return torch.add(first, slots, alpha=heads)
+        rows = len(slots) if slots.dim() == 2 else heads
+        first = torch.arange(rows, device=slots.device).div_(rows // heads, rounding_mode="floor")
+        return torch.add(first[:, None] + 2 * layer * self.num_slots * heads, slots, alpha=heads)
 
     def read_cells(self, cells: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values at cells `[...]`, each `[..., D]`."""

@@ -177,6 +177,13 @@ class CpuKernels(TorchKernels):
         native.top(logits, values, ids, norms, torch.get_num_threads())
         return values, ids, norms
 
+    def largest(self, scores: Tensor, k: int) -> Tensor:
+        if scores.dtype != torch.float32 or scores.stride(-1) != 1:
+            return super().largest(scores, k)
+        ids = torch.empty(len(scores), k, dtype=torch.int64)
+        native.largest(scores, ids, torch.get_num_threads())
+        return ids
+
     def fuse(self, shape: ModelShape, layers: Sequence[LayerWeights]) -> FusedLayers | None:
         packed = all(
             isinstance(linear.weight, PackedWeight)

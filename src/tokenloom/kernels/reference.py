@@ -146,6 +146,10 @@ class ReferenceKernels:
         values, ids = logits.topk(k, dim=-1)
         return values, ids, logits.logsumexp(-1)
 
+    def largest(self, scores: Tensor, k: int) -> Tensor:
+        ranked = scores.sort(dim=-1, descending=True, stable=True).indices
+        return ranked[:, :k].sort().values
+
     def fuse(self, shape: ModelShape, layers: Sequence[LayerWeights]) -> None:
         return None
 

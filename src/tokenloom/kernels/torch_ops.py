@@ -169,6 +169,10 @@ class TorchKernels:
         values, ids = logits.topk(k, dim=-1)
         return values, ids, logits.logsumexp(-1)
 
+    def largest(self, scores: Tensor, k: int) -> Tensor:
+        ranked = scores.sort(dim=-1, descending=True, stable=True).indices  # topk picks any of equal ones
+        return ranked[:, :k].sort().values
+
     def fuse(self, shape: ModelShape, layers: Sequence[LayerWeights]) -> FusedLayers | None:
         return None
 

@@ -76,7 +76,7 @@ class QuestPolicy(DecodeSelection):
         if self.knobs.group == "kv":
             best = best.view(self.shape.num_kv_heads, -1, total).amax(1)
         best[:, -1] = torch.inf  # the open page
-        chosen = best.topk(self.pages, sorted=False).indices.sort().values
+        chosen = cached.kernels.largest(best, self.pages)
         index = (chosen[..., None] * page + self.places[:page]).flatten(1)
         return cached.attend(layer, q, index[:, : index.shape[1] - (total * page - length)])
 
