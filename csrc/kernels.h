@@ -140,6 +140,7 @@ struct Kernels {
                       float* out, float* lse);  // lse [T, Hq]: log of the sum of e^score; null: not wanted
     // out [heads, count]: q [heads, width] times the keys at keys.slots [count].
     void (*key_scores)(Work& work, const float* q, const KeyRows& keys, int heads, int count, float* out);
+    void (*few_products)(Work& work, const float* x, int rows, const float* weights, int n, int k, float* y);
     void (*attention_backward)(Work& work, const AttentionShape& shape, const AttentionGradients& gradients,
                                const KVLayer& kv);
     // The k largest of each row in descending order (of equal ones the first), and log(sum(exp(row))).

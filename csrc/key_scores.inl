@@ -65,3 +65,17 @@ void key_scores(Work& work, const float* q, const KeyRows& keys, int heads, int 
         }
     });
 }
+
+// y [rows, n] = x [rows, k] times weights [n, k], for so few rows that reading the weights is what takes the time.
+void few_products(Work& work, const float* x, int rows, const float* weights, int n, int k, float* y) {
+    constexpr int PIECE = 32;  // rows of weights
+    work.each((n + PIECE - 1) / PIECE, [&](int piece) {
+        const int end = std::min(n, (piece + 1) * PIECE);
+        for (int begin = piece * PIECE; begin < end; begin += 8) {
+            const int some = std::min(8, end - begin);
+            const float* eight[8];
+            for (int i = 0; i < 8; ++i) eight[i] = weights + static_cast<ptrdiff_t>(begin + std::min(i, some - 1)) * k;
+            score_eight(eight, x, rows, k, y + begin, n, some);
+        }
+    });
+}

@@ -225,6 +225,19 @@ void key_scores(Rows q, Cache keys, std::optional<Scales> scales, Vector<int64_t
     });
 }
 
+void few_products(nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu> x,
+                  nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu> weights, Matrix y, int threads) {
+    const int rows = static_cast<int>(x.shape(0)), n = static_cast<int>(weights.shape(0));
+    const int k = static_cast<int>(x.shape(1));
+    if (static_cast<int>(weights.shape(1)) != k || k % 8) bad("weights: wrong width");
+    if (static_cast<int>(y.shape(0)) != rows || static_cast<int>(y.shape(1)) != n) bad("y: wrong shape");
+    nb::gil_scoped_release release;
+    run_team(threads, [&](Team& team) {
+        Work work(team, threads);
+        isa().few_products(work, x.data(), rows, weights.data(), n, k, y.data());
+    });
+}
+
 using Gradient = nb::ndarray<float, nb::ndim<3>, nb::device::cpu>;  // [Hk, tokens, D]
 
 void attention_backward(HeadsOut dq, Gradient dk, Gradient dv, Heads d_out, Heads q, Heads out, Lse lse, const KV& kv,
@@ -378,6 +391,7 @@ NB_MODULE(_native, m) {
     m.def("attention_at", &attention_at, "q"_a, "kv"_a, "cells"_a, "ends"_a, "out"_a.noconvert(), "threads"_a);
     m.def("key_scores", &key_scores, "q"_a, "keys"_a.noconvert(), "scales"_a.noconvert().none(), "slots"_a,
           "out"_a.noconvert(), "threads"_a);
+    m.def("few_products", &few_products, "x"_a, "weights"_a.noconvert(), "y"_a.noconvert(), "threads"_a);
     m.def("attention_backward", &attention_backward, "dq"_a.noconvert(), "dk"_a.noconvert(), "dv"_a.noconvert(),
           "d_out"_a, "q"_a, "out"_a, "lse"_a, "kv"_a, "layer"_a, "spans"_a, "blocks"_a, "firsts"_a, "block_size"_a,
           "window"_a, "threads"_a, "Writes dq, adds to dk and dv.");

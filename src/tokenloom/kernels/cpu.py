@@ -16,13 +16,14 @@ from tokenloom.cache.kv_cache import KVCache
 from tokenloom.kernels.interface import Attend, KVSpan, LayerWeights, ModelShape, Weight
 from tokenloom.kernels.native import native
 from tokenloom.kernels.packed import PackedWeight
-from tokenloom.kernels.torch_ops import TorchKernels
+from tokenloom.kernels.torch_ops import SMALL_WEIGHT, TorchKernels
 
 if TYPE_CHECKING:
     from tokenloom.batch import Batch, Bypass
 
 HEAD_DIMS = (8, 16, 32, 64, 80, 96, 128)
 MAX_GROUP = 64  # query heads per KV head
+FEW_ROWS = 4  # of float32 weights: from 8 rows on BLAS is as fast
 
 # As the native kernels number them.
 SITES = ("qkv", "o", "gate_up", "down")
@@ -40,11 +41,14 @@ class CpuKernels(TorchKernels):
         self._table: tuple[list[KVSpan], SpanTable] = ([], (torch.empty(0), torch.empty(0)))
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-        if not isinstance(weight, PackedWeight) or x.dtype != torch.float32:
+        if x.dtype != torch.float32 or not (isinstance(weight, PackedWeight) or _reads_memory(x, weight)):
             return super().linear(x, weight, bias)
         y = torch.empty(len(x), weight.shape[0])
-        rows = x if x.stride(-1) == 1 else x.contiguous()
-        native.linear(weight.native, rows, y, False, torch.get_num_threads())
+        if isinstance(weight, PackedWeight):
+            rows = x if x.stride(-1) == 1 else x.contiguous()
+            native.linear(weight.native, rows, y, False, torch.get_num_threads())
+        else:
+            native.few_products(x.contiguous(), weight, y, torch.get_num_threads())
         return y if bias is None else y.add_(bias)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -313,6 +317,12 @@ def native_cache(kv: KVCache) -> Any:
     if kv.native is None:
         kv.native = native.KV(kv.keys, kv.values, kv.key_scales, kv.value_scales)
     return kv.native
+
+
+def _reads_memory(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product takes as long as reading its weight: BLAS needs twice that for a row or two."""
+    fits = weight.dtype == torch.float32 and weight.is_contiguous() and x.shape[1] % 8 == 0
+    return fits and len(x) <= FEW_ROWS and weight.numel() > SMALL_WEIGHT
 
 
 def _attends(heads: int, kv_heads: int, head_dim: int) -> bool:

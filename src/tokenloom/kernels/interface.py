@@ -225,8 +225,10 @@ class Kernels(Protocol):
         logarithm of the sum of each row's exponentials, `[R]`."""
 
     def largest(self, scores: Tensor, k: int) -> Tensor:
-        """Where the k largest of each row of scores `[R, m]` are, ascending, int64 `[R, k]`; of equal ones the
-        first count, and NaN is above all."""
+        """Where the k largest of each row of scores `[R, m]` are, ascending, int64 `[R, k]`.
+
+        Of equal ones the first count, and NaN is above all.
+        """
 
     def fuse(self, shape: ModelShape, layers: Sequence[LayerWeights]) -> FusedLayers | None:
         """All layers in one call, where the backend has that for these weights; it does what the operators

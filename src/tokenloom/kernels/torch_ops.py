@@ -18,7 +18,7 @@ from tokenloom.kernels.packed import PackedWeight, Weight, dense
 # 35 ms at one row and 52 against 100 ms at 16 rows for all layers of the default model).
 _FEW_ROWS = 48
 # ... but not where the weight lies in the caches anyway.
-_SMALL_WEIGHT = 2**18
+SMALL_WEIGHT = 2**18
 # Rows of one tile of attention: its weights, `[Hq, rows, keys]`, should stay in the caches.
 _TILE_ROWS = 128
 
@@ -32,7 +32,7 @@ class TorchKernels:
         if isinstance(weight, PackedWeight):
             weight = dense(weight, like=x)
         rows = x.shape[0]
-        small = weight.numel() <= _SMALL_WEIGHT
+        small = weight.numel() <= SMALL_WEIGHT
         if x.is_cuda or rows >= _FEW_ROWS or small or x.dtype != torch.float32:
             return F.linear(x, weight, bias)
         # One row alone would fall to a slow matrix-vector product; a second, equal one makes it a GEMM.

@@ -140,7 +140,8 @@ class TokenSelectPolicy(KVPolicy):
 
     def _choose(self, layer: int, q: Tensor, cached: CachedTokens, local: int) -> Tensor:
         """Of tokens `n_init .. local` those with most votes, ascending `[count]`: q `[n, Hq, D]`."""
-        scores = cached.scores(layer, q.mean(0), self.n_init, local)  # Eq. 7 has no 1 / sqrt(D)
+        mean = q[0] if len(q) == 1 else q.mean(0)
+        scores = cached.scores(layer, mean, self.n_init, local)  # Eq. 7 has no 1 / sqrt(D)
         if self.knobs.vote == "soft":
             votes = _votes(scores)
         elif self.knobs.vote == "head":
