@@ -68,8 +68,8 @@ class KVCache:
     # -- cells: one token's keys or values of one head, wherever they lie ------------------------------------
 
     def cells(self, layer: int, slots: Tensor) -> Tensor:
-        """The cells that hold the keys of slots in one layer, int64: `[Hk, n]` for slots `[n]`, or like slots that
-        differ by kv head, `[Hk, n]`, or by query head, `[Hq, n]`.
+        """The cells that hold the keys of slots in one layer, int64: `[Hk, n]` for slots `[n]`, or like slots
+        that differ by kv head, `[Hk, n]`, or by query head, `[Hq, n]`.
 
         A cell is a row of the whole cache seen as `[L * 2 * num_slots * Hk, D]`. Its values lie
         `num_slots * Hk` cells further on.
