@@ -133,8 +133,10 @@ void run_layers(const Kernels& kernels, int threads, const Shape& shape, const s
             ranks = std::max(ranks, lora->ranks);
         }
     }
-    const bool keeps_gate_up =
-        std::any_of(batch.taps.begin(), batch.taps.end(), [](const Tap& t) { return t.place == Place::GateUp; });
+    const auto keeps = [&](Place place) {
+        return std::any_of(batch.taps.begin(), batch.taps.end(), [&](const Tap& t) { return t.place == place; });
+    };
+    const bool keeps_gate_up = keeps(Place::GateUp), keeps_log_sums = keeps(Place::LogSums);
 
     Scratch& own = scratch();
     const int widest = std::max<int>({shape.width, shape.ff, shape.q_width()});
@@ -145,12 +147,13 @@ void run_layers(const Kernels& kernels, int threads, const Shape& shape, const s
     const size_t bypassed = floats(ranks > 0 ? shape.width : 0);
     const size_t projected = batch.qkv ? 0 : floats(shape.qkv_width());
     float* buffer = own.rows(projected + inner + bypassed + floats(ranks) +
-                             floats(keeps_gate_up ? gate_up_stride : 0));
+                             floats(keeps_gate_up ? gate_up_stride : 0) + floats(keeps_log_sums ? shape.heads : 0));
     float* qkv = batch.qkv ? batch.qkv : buffer;
     float* hidden = buffer + projected;  // what attention, and later the MLP's activation, puts out
     float* normed = hidden + inner;      // what bypasses of qkv and gate_up read
     float* z = normed + bypassed;                     // their middle
     float* gate_up = z + floats(ranks);               // where it is wanted before SiLU
+    float* log_sums = keeps_log_sums ? gate_up + floats(keeps_gate_up ? gate_up_stride : 0) : nullptr;
 
     for (size_t i = 0; i < passes.size(); ++i) {
         const int site = static_cast<int>(i % SITES);
@@ -220,7 +223,9 @@ void run_layers(const Kernels& kernels, int threads, const Shape& shape, const s
                 attended = batch.attended;
             } else {
                 kernels.attention(work, qkv, own_attention, batch.spans.data(), plan->tasks.data(),
-                                  static_cast<int>(plan->tasks.size()), partials, kv[i], hidden, nullptr);
+                                  static_cast<int>(plan->tasks.size()), partials, kv[i], hidden, log_sums);
+                tap(Place::Attended, hidden, shape.q_width(), shape.q_width());
+                if (keeps_log_sums) tap(Place::LogSums, log_sums, shape.heads, shape.heads);
             }
             project(O, layer.o, attended, shape.q_width(), nullptr, Then::Add, x, shape.width);
             tap(Place::Residual, x, shape.width, shape.width);

@@ -49,8 +49,9 @@ struct Bypass {
 
 // Rows whose activations at one place are kept, in every layer. Row r's numbers go to the units
 // `units[per_row * r ..]` of the layer's cache, seen as rows of kv_heads * head_dim numbers: all its keys, and
-// behind them all its values.
-enum class Place : int { Input, Query, Residual, GateUp };
+// behind them all its values. What attention gives (Attended, LogSums) is the caller's to keep where the caller
+// computes it.
+enum class Place : int { Input, Query, Residual, GateUp, Attended, LogSums, PLACES };
 struct Tap {
     Place place;
     int begin, end, per_row;

@@ -52,7 +52,9 @@ class Tap(Protocol):
     """Reads activations of some rows as they are computed.
 
     Sites of layer i: `input` (what enters it; that of layer L is what the last one puts out, before the
-    final norm), `query` (after RoPE), `residual` (after attention), `gate_up` (both, before SiLU).
+    final norm), `query` (after RoPE), `attended` (what attention gives, before its projection), `log_sums`
+    (of its exponentiated scores, by query head; beside `attended`), `residual` (after attention),
+    `gate_up` (both, before SiLU).
     """
 
     rows: slice
@@ -77,8 +79,7 @@ class PolicyRows:
 
     @property
     def rows(self) -> slice:
-        span = self.segment.span
-        return slice(span.start, span.start + span.length)
+        return self.segment.span.rows
 
 
 @dataclass(slots=True)
@@ -107,7 +108,8 @@ class Batch:
         bypasses: which rows go through which adapter; rows of the base model alone are in none.
         taps: who reads activations.
         policies: segments that a KV policy attends to.
-        spans: those of all segments; plain_spans: of those that no policy attends to.
+        spans: those of all segments; plain_spans: of those that no policy attends to and whose attention no
+            tap reads; tapped_spans: of those whose attention a tap reads.
     """
 
     tokens: Tensor
@@ -120,11 +122,15 @@ class Batch:
     policies: list[PolicyRows] = field(default_factory=list)
     spans: list[KVSpan] = field(init=False)
     plain_spans: list[KVSpan] = field(init=False)
+    tapped_spans: list[KVSpan] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.spans = [segment.span for segment in self.segments]
-        others = {id(part.segment) for part in self.policies}
-        self.plain_spans = [s.span for s in self.segments if id(s) not in others] if others else self.spans
+        self.spans = self.plain_spans = [segment.span for segment in self.segments]
+        tapped = [tap.rows for tap in self.taps if "log_sums" in tap.sites]
+        self.tapped_spans = [s for s in self.spans if any(t.start <= s.start < t.stop for t in tapped)]
+        others = {id(part.segment.span) for part in self.policies} | set(map(id, self.tapped_spans))
+        if others:
+            self.plain_spans = [span for span in self.spans if id(span) not in others]
 
     @property
     def num_rows(self) -> int:

@@ -27,7 +27,7 @@ FEW_ROWS = 4  # of float32 weights: from 8 rows on BLAS is as fast
 
 # As the native kernels number them.
 SITES = ("qkv", "o", "gate_up", "down")
-PLACES = ("input", "query", "residual", "gate_up")
+PLACES = ("input", "query", "residual", "gate_up", "attended", "log_sums")
 
 SpanTable = tuple[Tensor, Tensor]
 
@@ -108,7 +108,7 @@ class CpuKernels(TorchKernels):
 
     def attention_for_backward(
         self, q: Tensor, kv: KVCache, layer: int, spans: list[KVSpan], window: int | None = None
-    ) -> tuple[Tensor, Any]:
+    ) -> tuple[Tensor, Tensor]:
         if not self._trains(q, kv):
             return super().attention_for_backward(q, kv, layer, spans, window)
         log_sums = torch.empty(q.shape[:2])
@@ -119,7 +119,7 @@ class CpuKernels(TorchKernels):
         d_out: Tensor,
         q: Tensor,
         out: Tensor,
-        kept: Any,
+        log_sums: Tensor,
         kv: KVCache,
         layer: int,
         spans: list[KVSpan],
@@ -130,7 +130,7 @@ class CpuKernels(TorchKernels):
     ) -> Tensor:
         if not self._trains(q, kv):
             args = (kv, layer, spans, firsts, dk, dv, window)
-            return super().attention_backward(d_out, q, out, kept, *args)
+            return super().attention_backward(d_out, q, out, log_sums, *args)
         dq = torch.empty(q.shape)
         native.attention_backward(
             dq,
@@ -139,7 +139,7 @@ class CpuKernels(TorchKernels):
             d_out,
             q,
             out,
-            kept,
+            log_sums,
             native_cache(kv),
             layer,
             *self._span_table(spans),

@@ -88,6 +88,10 @@ class KVSpan:
     blocks: list[int]
     contiguous: bool
 
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.start + self.length)
+
     def view(self, cache: Tensor, block_size: int, begin: int = 0) -> Tensor:
         """What the cache holds of tokens `begin .. kv_len`, `[kv_len - begin, ...]`; a view where it can be.
 
@@ -195,15 +199,15 @@ class Kernels(Protocol):
 
     def attention_for_backward(
         self, q: Tensor, kv: KVCache, layer: int, spans: list[KVSpan], window: int | None = None
-    ) -> tuple[Tensor, Any]:
-        """`attention`, and what `attention_backward` needs of it besides."""
+    ) -> tuple[Tensor, Tensor]:
+        """`attention`, and the logarithm of each row's and head's sum of exponentiated scores, `[T, Hq]`."""
 
     def attention_backward(
         self,
         d_out: Tensor,
         q: Tensor,
         out: Tensor,
-        kept: Any,
+        log_sums: Tensor,
         kv: KVCache,
         layer: int,
         spans: list[KVSpan],
@@ -215,7 +219,7 @@ class Kernels(Protocol):
         """The gradient of attention's q by that of its result; those of keys and values are added to dk, dv.
 
         Args:
-            d_out, q, out: `[T, Hq, D]`; out and kept are what `attention_for_backward` returned.
+            d_out, q, out: `[T, Hq, D]`; out and log_sums are what `attention_for_backward` returned.
             firsts: where in dk and dv each span's token 0 is.
             dk, dv: `[Hk, tokens, D]`.
         """

@@ -107,15 +107,25 @@ class ReferenceKernels:
 
     def attention_for_backward(
         self, q: Tensor, kv: KVCache, layer: int, spans: list[KVSpan], window: int | None = None
-    ) -> tuple[Tensor, None]:
-        return self.attention(q, kv, layer, spans, window), None
+    ) -> tuple[Tensor, Tensor]:
+        num_heads, head_dim = q.shape[1:]
+        log_sums = q.new_empty(q.shape[:2])
+        for span in spans:
+            keys, _ = span.read(kv, layer)  # [kv_len, Hk, D]
+            for i in range(span.length):
+                end = span.kv_len - span.length + i + 1
+                begin = 0 if window is None else max(0, end - window)
+                group = q[span.start + i].view(keys.shape[1], -1, head_dim)
+                scores = torch.matmul(group, keys[begin:end].permute(1, 2, 0)) / math.sqrt(head_dim)
+                log_sums[span.start + i] = scores.logsumexp(-1).view(num_heads)
+        return self.attention(q, kv, layer, spans, window), log_sums
 
     def attention_backward(
         self,
         d_out: Tensor,
         q: Tensor,
         out: Tensor,
-        kept: None,
+        log_sums: Tensor,
         kv: KVCache,
         layer: int,
         spans: list[KVSpan],
@@ -134,7 +144,8 @@ class ReferenceKernels:
                 begin = 0 if window is None else max(0, end - window)
                 k, v, at = keys[:, begin:end], values[:, begin:end], slice(first + begin, first + end)
                 group, d_group = (x[span.start + i].view(num_kv_heads, -1, head_dim) for x in (q, d_out))
-                weights = torch.softmax(group @ k.transpose(1, 2) * scale, dim=-1)
+                sums = log_sums[span.start + i].view(num_kv_heads, -1, 1)
+                weights = torch.exp(group @ k.transpose(1, 2) * scale - sums)
                 d_weights = d_group @ v.transpose(1, 2)
                 d_scores = weights * (d_weights - (d_weights * weights).sum(-1, keepdim=True)) * scale
                 dq[span.start + i] = (d_scores @ k).reshape(num_heads, head_dim)
