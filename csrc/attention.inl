@@ -113,11 +113,11 @@ void add_few(Attending<D>& a, int queries, int padded) {
         const float next = now > a.most[i] || now != now ? now : a.most[i];
         f32x8 weights = splat(0.0f);
         for (int j = 0; j < padded; j += 8) {
-            const f32x8 e = exp(load(p + j) - splat(next));
+            const f32x8 e = exp_below(load(p + j) - splat(next));
             weights += e;
             store(p + j, e);
         }
-        const float decay = a.most[i] == next ? 1.0f : exp(splat(a.most[i] - next))[0];
+        const float decay = a.most[i] == next ? 1.0f : exp_below(splat(a.most[i] - next))[0];
         a.total[i] = a.total[i] * decay + sum(weights);
         a.most[i] = next;
         add_values<D>(a.rows, p, low, high, decay, a.acc + i * D);
@@ -178,11 +178,11 @@ void weigh_many(Attending<D>& a, int queries, int count, bool masked) {
         const f32xw base = select(top == none, f32xw{}, top);  // no key yet: all weights are 0
         f32xw weights{};
         for (int j = 0; j < count; ++j) {
-            const f32xw e = exp(load_wide(p + j * MOST_QUERIES) - base);
+            const f32xw e = exp_below(load_wide(p + j * MOST_QUERIES) - base);
             weights += e;
             store_wide(p + j * MOST_QUERIES, e);
         }
-        const f32xw decay = select(before == top, all<f32xw>(1.0f), exp(before - base));
+        const f32xw decay = select(before == top, all<f32xw>(1.0f), exp_below(before - base));
         store_wide(a.decay + lane, decay);
         store_wide(a.total + lane, load_wide(a.total + lane) * decay + weights);
         store_wide(a.most + lane, top);

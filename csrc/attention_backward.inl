@@ -79,7 +79,7 @@ inline void weigh_backward(float* scores, float* d_weights, const float* lse, co
         for (int j = 0; j < padded; ++j) {
             float *s = scores + j * MOST_QUERIES + lane, *d = d_weights + j * MOST_QUERIES + lane;
             const i32xw reads = (j >= from) & (j < to) & (j < count);
-            const f32xw weight = select(reads, exp(load_wide(s) - base), f32xw{});
+            const f32xw weight = select(reads, exp_below(load_wide(s) - base), f32xw{});
             store_wide(s, weight);
             // Not read at all is 0 even where a number of another row is not finite.
             store_wide(d, select(reads, weight * (load_wide(d) - taken), f32xw{}));
