@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
 if TYPE_CHECKING:
     from tokenloom.cache.cached_tokens import CachedTokens
+
+Rotation = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Positions, int64 `[n]` -> their cosines and sines in RoPE, float32 `[n, D / 2]` each."""
 
 
 class KVPolicy:
@@ -71,6 +75,11 @@ class SequenceShape:
     head_dim: int
     model: str = ""
     """The model's name: what was measured of a model once is found by it."""
+    rotation: Rotation | None = field(default=None, compare=False)
+    """By which its keys were rotated."""
+
+    def __deepcopy__(self, memo: object) -> SequenceShape:
+        return self  # nothing in it changes, and the rotation's tables are large
 
 
 class KVMethod(Protocol):

@@ -13,7 +13,7 @@ from tokenloom.cache.block_pool import BlockPool
 from tokenloom.cache.block_table import BlockTable, block_digest, root_digest
 from tokenloom.cache.cached_tokens import CachedTokens
 from tokenloom.cache.kv_cache import KVCache
-from tokenloom.cache.policy import KVMethod, KVPolicy, SequenceShape
+from tokenloom.cache.policy import KVMethod, KVPolicy, Rotation, SequenceShape
 from tokenloom.engine.adapters import LoadedAdapter
 from tokenloom.engine.outputs import FinishReason, TokenLogprob
 from tokenloom.engine.sampling_params import SamplingParams
@@ -55,7 +55,7 @@ class Request:
         """Whether every prompt row must be computed, so that cached KV cannot stand in for it."""
         return self.kind == "embed" or self.prompt_logprobs is not None
 
-    def shape(self, config: ModelConfig, model: str) -> SequenceShape:
+    def shape(self, config: ModelConfig, model: str, rotation: Rotation | None = None) -> SequenceShape:
         """What a KV policy may know of this request's sequences, and of the model that answers it."""
         most = self.params.max_tokens
         return SequenceShape(
@@ -66,6 +66,7 @@ class Request:
             config.num_kv_heads,
             config.head_dim,
             model,
+            rotation,
         )
 
     @property
@@ -115,8 +116,7 @@ class Sequence:
     @property
     def blocks(self) -> list[int]:
         """Every block that holds something of this sequence."""
-        ragged = self.cached.ragged if self.cached is not None else None
-        return self.table.blocks + (ragged.blocks if ragged is not None else [])
+        return self.table.blocks + (self.cached.blocks_apart if self.cached is not None else [])
 
     @property
     def output(self) -> list[int]:
