@@ -1,0 +1,42 @@
+"""When the oldest tokens of a sequence are handed to a codec."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+from tokenloom.cache.cached_tokens import CachedTokens
+from tokenloom.cache.packed_tokens import Codec
+from tokenloom.cache.policy import KVPolicy, SequenceShape
+
+
+class Packing(KVPolicy):
+    """Packs all but the newest `residual` tokens when the prompt is complete, and again as answers grow.
+
+    The prompt's own rows read what has not been packed, so its blocks can be shared by prefix as without a
+    policy. Whole groups of the codec and whole blocks are packed, so that `residual` tokens and less than one
+    such step more lie in the ordinary table, and none of them is ever moved.
+    """
+
+    def __init__(self, shape: SequenceShape, codec: Codec, residual: int) -> None:
+        self.shape, self.codec, self.residual = shape, codec, residual
+        self.rows_left = 1
+        """Until the next step is full."""
+
+    def rows(self, start: int, wanted: int, most: int) -> int:
+        # After a preemption the answer's tokens read what was packed when they were written.
+        end = self.shape.prompt_tokens
+        return min(wanted, most, end - start if start < end else self.rows_left)
+
+    def drop(self, cached: CachedTokens) -> None:
+        if cached.computed < self.shape.prompt_tokens:
+            return
+        step = math.lcm(self.codec.group, cached.kv.block_size)
+        tokens = max(0, cached.length - self.residual) // step * step
+        self.rows_left = 1  # where blocks are short, every row asks again
+        if tokens:
+            cached.pack(tokens, self.codec)
+        self.rows_left = self.residual + step - cached.length
+
+    def fork(self) -> KVPolicy:
+        return copy.copy(self)
