@@ -88,6 +88,14 @@ def test_sinks_are_exact_and_do_not_widen_the_others_range() -> None:
     assert (without - keys)[3:32].abs().max() > 1
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_pool_of_any_type_gets_its_own_numbers_back(dtype: torch.dtype) -> None:
+    keys, values = (torch.randn(64, 2, 16).to(dtype) for _ in range(2))
+    got_keys, got_values = round_trip(Kivi(bits=8, keep_sinks=2), keys, values)
+    assert got_keys.dtype == dtype and torch.equal(got_values[:2], values[:2])
+    assert (got_keys - keys).abs().max() < 0.04 and (got_values - values).abs().max() < 0.04
+
+
 def test_hadamard_spreads_an_outlier() -> None:
     keys, values = torch.randn(64, 2, 16), torch.randn(64, 2, 16)
     values[:, :, 3] *= 40

@@ -12,7 +12,7 @@ def quantize(x: Tensor, bits: int, dim: int, among: Tensor | None = None) -> tup
     """Asymmetric uniform codes (KIVI, arXiv 2402.02750, Section 3): x is about `codes * scale + least`.
 
     Args:
-        x: `[...]`; dim: along which a group lies.
+        x: `[...]`, float32 or float64; dim: along which a group lies.
         among: like x along all other dimensions: the numbers whose range counts; None: all of x.
 
     Returns:

@@ -108,7 +108,8 @@ class KiviCodec:
         return 2 * self.sinks * self.channels * item_bytes
 
     def encode(self, layer: int, first: int, keys: Tensor, values: Tensor) -> Tensor:
-        turned = [x if self.basis is None else x @ self.basis.to(x) for x in (keys, values)]
+        wide = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in (keys, values)]
+        turned = [x if self.basis is None else x @ self.basis.to(x) for x in wide]
         records = [x.reshape(-1, GROUP, self.channels) for x in turned]
         codes, ranges = [], []
         for x, bits, by_channel in zip(records, self.bits, self.by_channel, strict=True):
@@ -118,7 +119,7 @@ class KiviCodec:
         data = torch.cat((*codes, *ranges), 1).flatten()
         if first or not self.sinks:
             return data
-        header = torch.stack([x[: self.sinks] for x in turned]).flatten().view(torch.uint8)
+        header = torch.stack([x[: self.sinks].to(keys.dtype) for x in turned]).flatten().view(torch.uint8)
         return torch.cat((header, data))
 
     def _quantize(self, x: Tensor, bits: int, by_channel: bool, first: int) -> tuple[Tensor, Tensor, Tensor]:

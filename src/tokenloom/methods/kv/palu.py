@@ -94,12 +94,13 @@ class PaluCodec:
 
     def encode(self, layer: int, first: int, keys: Tensor, values: Tensor) -> Tensor:
         positions = torch.arange(first, first + len(keys), device=keys.device)
-        plain = unrotate(keys, self.rotation, positions)
+        wide, values = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (keys, values))
+        plain = unrotate(wide, self.rotation, positions)
         latents = [
             torch.einsum("tgc,gcr->tgr", x.reshape(len(x), u.shape[0], -1), u.to(x)).flatten(1)
             for x, u in ((plain, self.keys[layer]), (values, self.values[layer]))
         ]
-        return torch.cat(latents, 1).flatten().view(torch.uint8)
+        return torch.cat(latents, 1).to(keys.dtype).flatten().view(torch.uint8)
 
     def decode(self, layer: int, data: Tensor, keys: Tensor, values: Tensor) -> None:
         latents = data.view(keys.dtype).view(len(keys), 2, self.keys.shape[1], -1)
