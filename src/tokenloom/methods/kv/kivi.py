@@ -150,5 +150,6 @@ class KiviCodec:
                 grouped = out.view(*codes.shape[:2], -1, self.width)
                 codes = codes.view(grouped.shape)
                 scale, least = (r.view(*grouped.shape[:3], 1) for r in (scale, least))
-            torch.mul(codes, scale, out=grouped).add_(least)
+            # One step at a time: torch is slower at mixed types, and at broadcasts in addcmul.
+            grouped.copy_(codes).mul_(scale).add_(least)
             out[: self.sinks] = exact[i]
