@@ -131,17 +131,17 @@ def test_attention_reads_packed_tokens_and_the_table_alike() -> None:
 def test_a_fork_that_packs_more_leaves_its_sibling_as_it_is() -> None:
     rig = Rig()
     one = rig.sequence()
-    rig.append(one, list(range(20)))
+    rig.append(one, list(range(14)))
     one.pack(12, Bytes())
     other = one.fork(one.table.fork())
-    rig.append(one, [100, 101])
-    rig.append(other, [200, 201])
-    one.pack(8, Bytes())
-    other.pack(8, Bytes())
-    assert held(one) == [*range(20), 100, 101]
-    assert held(other) == [*range(20), 200, 201]
+    rig.append(one, list(range(100, 110)))
+    rig.append(other, list(range(200, 210)))
+    one.pack(12, Bytes())
+    other.pack(12, Bytes())
+    assert held(one) == [*range(14), *range(100, 110)]
+    assert held(other) == [*range(14), *range(200, 210)]
     one.clear()
-    assert held(other) == [*range(20), 200, 201]
+    assert held(other) == [*range(14), *range(200, 210)]
     other.clear()
     assert rig.pool.num_used == 0
 
