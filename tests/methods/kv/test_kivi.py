@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from kv_rig import BLOCK, answer, bits, build_engine, request, text_of, tiny_files, tokens
+from tokenloom.cache.cached_tokens import CachedTokens
+from tokenloom.cache.packed_tokens import Codec
 from tokenloom.cache.policy import SequenceShape
 from tokenloom.errors import RequestError
-from tokenloom.methods.kv import combine
+from tokenloom.methods.kv import combine, packing
 from tokenloom.methods.kv.bit_groups import BITS, hadamard, pack, quantize, unpack
 from tokenloom.methods.kv.kivi import GROUP, Kivi, KiviCodec
 from tokenloom.models.loader import ModelFiles, open_model
@@ -140,6 +142,20 @@ def test_the_newest_residual_tokens_and_less_than_a_group_more_stay(
     # A page has 4 * 32 * 8 bytes, 32 tokens of a layer 2 * 32 * 32 * 5 / 8; 3 layers, 6 pages to a block.
     pages = 3 * -(-packed * 2 * 32 * 5 // (8 * BLOCK * 32 * 8))
     assert used == -(-left // BLOCK) + -(-pages // 6)
+
+
+def test_a_long_prompt_is_packed_piece_by_piece(files: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = bits(answer(build_engine(files, model__backend="reference"), PROMPT, "kivi(residual=0)"))
+    monkeypatch.setattr(packing, "_PIECE", 40)
+    engine, pieces, pack_some = build_engine(files, model__backend="reference"), [], CachedTokens.pack
+
+    def spy(cached: CachedTokens, tokens: int, codec: Codec) -> None:
+        pieces.append(tokens)
+        pack_some(cached, tokens, codec)
+
+    monkeypatch.setattr(CachedTokens, "pack", spy)
+    assert bits(answer(engine, PROMPT, "kivi(residual=0)")) == whole
+    assert pieces == [32, 32, 32]
 
 
 def test_answers_are_packed_as_they_grow(files: ModelFiles) -> None:

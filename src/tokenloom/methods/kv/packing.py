@@ -9,6 +9,8 @@ from tokenloom.cache.cached_tokens import CachedTokens
 from tokenloom.cache.packed_tokens import Codec
 from tokenloom.cache.policy import KVPolicy, SequenceShape
 
+_PIECE = 512  # tokens that are encoded at once: their bytes exist twice until the blocks they lay in are free
+
 
 class Packing(KVPolicy):
     """Packs all but the newest `residual` tokens when the prompt is complete, and again as answers grow.
@@ -32,10 +34,9 @@ class Packing(KVPolicy):
         if cached.computed < self.shape.prompt_tokens:
             return
         step = math.lcm(self.codec.group, cached.kv.block_size)
-        tokens = max(0, cached.length - self.residual) // step * step
         self.rows_left = 1  # where blocks are short, every row asks again
-        if tokens:
-            cached.pack(tokens, self.codec)
+        while tokens := max(0, cached.length - self.residual) // step * step:
+            cached.pack(min(tokens, max(step, _PIECE // step * step)), self.codec)
         self.rows_left = self.residual + step - cached.length
 
     def fork(self) -> KVPolicy:
