@@ -14,6 +14,8 @@ from tokenloom.cache.block_table import BlockTable
 from tokenloom.cache.cached_tokens import CachedTokens
 from tokenloom.cache.kv_cache import KVCache
 from tokenloom.kernels import get_kernels
+from tokenloom.methods.kv.bit_groups import hadamard
+from tokenloom.methods.kv.kvsharer import WholeTokens
 
 LAYERS, HEADS, DIM, BLOCK = 3, 2, 8, 4
 KERNELS = get_kernels("torch")
@@ -126,6 +128,25 @@ def test_attention_reads_packed_tokens_and_the_table_alike() -> None:
     cached.pack(24, Bytes())
     q = torch.randn(3, HEADS * 2, DIM)
     torch.testing.assert_close(cached.attend(1, q), whole.attend(1, q))
+
+
+class Turned(WholeTokens):
+    """Every number as it is, but in another basis."""
+
+    basis = hadamard(DIM)
+
+    def encode(self, layer: int, first: int, keys: Tensor, values: Tensor) -> Tensor:
+        return super().encode(layer, first, keys @ self.basis.to(keys), values @ self.basis.to(keys))
+
+
+def test_another_basis_alone_changes_no_attention() -> None:
+    rig = Rig()
+    cached, whole = rig.sequence(), rig.sequence()
+    for each in (cached, whole):
+        rig.append(each, list(range(30)))
+    cached.pack(24, Turned(range(LAYERS), 2 * HEADS * DIM))
+    q = torch.randn(3, HEADS * 2, DIM) / 50
+    torch.testing.assert_close(cached.attend(1, q), whole.attend(1, q), atol=1e-4, rtol=1e-5)
 
 
 def test_a_fork_that_packs_more_leaves_its_sibling_as_it_is() -> None:
