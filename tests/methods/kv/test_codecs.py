@@ -21,13 +21,13 @@ def test_random_requests_aborts_forks_and_preemptions_lose_no_block(tmp_path: Pa
     rng = random.Random(3)
     engine = build_engine(
         tiny_files(tmp_path),
-        cache__kv_bytes=3 * 2 * 2 * 16 * 8 * BLOCK * 70,
+        cache__kv_bytes=3 * 2 * 2 * 16 * 8 * BLOCK * 45,
         scheduler__max_batch_tokens=64,
         scheduler__max_running=8,
     )
     added = packed = 0
-    while added < 30 or engine.has_work:
-        if added < 30 and len(engine.requests) < 7:
+    while added < 24 or engine.has_work:
+        if added < 24 and len(engine.requests) < 7:
             prompt = text_of(rng.randrange(3), 60)[: rng.randint(20, 60)] + text_of(added, rng.randint(1, 40))
             options = {"temperature": 1.0, "n": rng.choice([1, 1, 3]), "max_tokens": rng.randint(1, 60)}
             engine.add(request(prompt, rng.choice(SPECS), str(added), **options))
@@ -40,4 +40,4 @@ def test_random_requests_aborts_forks_and_preemptions_lose_no_block(tmp_path: Pa
         assert engine.pool.num_used == len({block for s in running for block in s.blocks})
         packed += sum(s.cached is not None and s.cached.packed is not None for s in running)
     assert engine.pool.num_used == 0
-    assert packed > 50 and engine.scheduler.num_preemptions > 5 and engine.scheduler.prefix_hits > 0
+    assert packed > 40 and engine.scheduler.num_preemptions > 2 and engine.scheduler.prefix_hits > 0
