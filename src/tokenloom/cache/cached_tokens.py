@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,9 @@ from tokenloom.cache.packed_tokens import Codec, PackedTokens
 
 if TYPE_CHECKING:
     from tokenloom.kernels import Kernels
+
+CosSin = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Positions, int64 `[T]`, to the cosines and sines that turn keys there (RoPE), two float32 `[T, D / 2]`."""
 
 
 @dataclass(slots=True)
@@ -36,10 +39,13 @@ class CachedTokens:
     again.
     """
 
-    def __init__(self, kv: KVCache, table: BlockTable, kernels: Kernels) -> None:
+    def __init__(
+        self, kv: KVCache, table: BlockTable, kernels: Kernels, cos_sin: CosSin | None = None
+    ) -> None:
         self.kv = kv
         self.table = table
         self.kernels = kernels
+        self.cos_sin = cos_sin
         self.length = 0
         self.dropped = 0
         """Positions less indices: how many tokens are not in the table any more."""
@@ -282,7 +288,7 @@ class CachedTokens:
 
     def fork(self, table: BlockTable) -> CachedTokens:
         """The same tokens for a sibling, whose table shares this one's blocks."""
-        other = CachedTokens(self.kv, table, self.kernels)
+        other = CachedTokens(self.kv, table, self.kernels, self.cos_sin)
         other.length, other.dropped = self.length, self.dropped
         if self.ragged is not None:
             for block in self.ragged.blocks:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
 if TYPE_CHECKING:
     from tokenloom.cache.cached_tokens import CachedTokens
-
-Rotation = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Positions, int64 `[n]` -> their cosines and sines in RoPE, float32 `[n, D / 2]` each."""
 
 
 class KVPolicy:
@@ -75,11 +71,6 @@ class SequenceShape:
     head_dim: int
     model: str = ""
     """The model's name: what was measured of a model once is found by it."""
-    rotation: Rotation | None = field(default=None, compare=False)
-    """By which its keys were rotated."""
-
-    def __deepcopy__(self, memo: object) -> SequenceShape:
-        return self  # nothing in it changes, and the rotation's tables are large
 
 
 class KVMethod(Protocol):

@@ -127,8 +127,8 @@ class Engine:
         if request.request_id in self.requests:
             raise RequestError(f"request id {request.request_id!r} is in use", param="request_id")
         leader = Sequence(request, 0, self.pool, self._detokenizer(request))
-        shape = request.shape(self.config, self.name, self.decoder.rope.cos_sin)
-        leader.govern(self.kv, self.decoder.kernels, shape)
+        shape = request.shape(self.config, self.name)
+        leader.govern(self.kv, self.decoder.kernels, shape, self.decoder.rope.cos_sin)
         request.sequences = [leader]
         self.requests[request.request_id] = request
         self.scheduler.add(leader)

@@ -11,9 +11,9 @@ import torch
 
 from tokenloom.cache.block_pool import BlockPool
 from tokenloom.cache.block_table import BlockTable, block_digest, root_digest
-from tokenloom.cache.cached_tokens import CachedTokens
+from tokenloom.cache.cached_tokens import CachedTokens, CosSin
 from tokenloom.cache.kv_cache import KVCache
-from tokenloom.cache.policy import KVMethod, KVPolicy, Rotation, SequenceShape
+from tokenloom.cache.policy import KVMethod, KVPolicy, SequenceShape
 from tokenloom.engine.adapters import LoadedAdapter
 from tokenloom.engine.outputs import FinishReason, TokenLogprob
 from tokenloom.engine.sampling_params import SamplingParams
@@ -55,7 +55,7 @@ class Request:
         """Whether every prompt row must be computed, so that cached KV cannot stand in for it."""
         return self.kind == "embed" or self.prompt_logprobs is not None
 
-    def shape(self, config: ModelConfig, model: str, rotation: Rotation | None = None) -> SequenceShape:
+    def shape(self, config: ModelConfig, model: str) -> SequenceShape:
         """What a KV policy may know of this request's sequences, and of the model that answers it."""
         most = self.params.max_tokens
         return SequenceShape(
@@ -66,7 +66,6 @@ class Request:
             config.num_kv_heads,
             config.head_dim,
             model,
-            rotation,
         )
 
     @property
@@ -169,12 +168,12 @@ class Sequence:
         for i in range(computed_before // size, end // size):
             self.table.pool.publish(self.table.blocks[i], self.digest(i))
 
-    def govern(self, kv: KVCache, kernels: Kernels, shape: SequenceShape) -> None:
+    def govern(self, kv: KVCache, kernels: Kernels, shape: SequenceShape, cos_sin: CosSin) -> None:
         """Put the sequence under its request's KV method, before its first row."""
         if self.request.kv is not None:
             self.shape = shape
             self.policy = self.request.kv.policy(shape)
-            self.cached = CachedTokens(kv, self.table, kernels)
+            self.cached = CachedTokens(kv, self.table, kernels, cos_sin)
 
     def release_kv(self) -> None:
         """Give all blocks back."""

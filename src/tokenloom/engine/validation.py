@@ -44,8 +44,7 @@ def validate(engine: Engine, request: Request) -> None:
             raise RequestError("kv: this model's layers read a sliding window already", param="kv")
         scheduler = engine.settings.scheduler
         request.kv.check(scheduler.max_batch_tokens, scheduler.max_running, engine.kv.quantized)
-        shape = request.shape(engine.config, engine.name, engine.decoder.rope.cos_sin)
-        request.kv.policy(shape)  # RequestError where it cannot be made
+        request.kv.policy(request.shape(engine.config, engine.name))  # RequestError where it cannot be made
     if params.n > engine.settings.scheduler.max_running:
         raise RequestError(
             f"n is {params.n}; this server runs at most {engine.settings.scheduler.max_running} sequences",

@@ -65,8 +65,7 @@ def passages(engine: Engine, file: Path | None, count: int, tokens: int) -> list
 def shape_of(engine: Engine, prompt_tokens: int) -> SequenceShape:
     """The shape of a prompt that nothing follows, in an engine's model."""
     c = engine.config
-    heads = (c.num_heads, c.num_kv_heads, c.head_dim)
-    return SequenceShape(prompt_tokens, 0, c.num_layers, *heads, engine.name, engine.decoder.rope.cos_sin)
+    return SequenceShape(prompt_tokens, 0, c.num_layers, c.num_heads, c.num_kv_heads, c.head_dim, engine.name)
 
 
 def observe(

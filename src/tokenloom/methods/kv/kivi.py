@@ -72,7 +72,7 @@ class Kivi(Packer):
             codec = KiviCodec(self, shape)
         except ValueError as error:
             raise RequestError(f"kv: kivi: {error}", param="kv") from error
-        return Packing(shape, codec, self.residual)
+        return Packing(shape, lambda cached: codec, self.residual)
 
 
 class KiviCodec:

@@ -92,7 +92,8 @@ class Sharing(Packing):
 
     def __init__(self, shape: SequenceShape, roots: Sequence[int]) -> None:
         numbers = 2 * shape.num_kv_heads * shape.head_dim
-        super().__init__(shape, WholeTokens(sorted(set(roots)), numbers), residual=0)
+        codec = WholeTokens(sorted(set(roots)), numbers)
+        super().__init__(shape, lambda cached: codec, residual=0)
         self.roots = roots
 
     def attends(self, start: int, stop: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 
 from tokenloom.cache.cached_tokens import CachedTokens
 from tokenloom.cache.packed_tokens import Codec
@@ -20,8 +21,10 @@ class Packing(KVPolicy):
     such step more lie in the ordinary table, and none of them is ever moved.
     """
 
-    def __init__(self, shape: SequenceShape, codec: Codec, residual: int) -> None:
-        self.shape, self.codec, self.residual = shape, codec, residual
+    def __init__(
+        self, shape: SequenceShape, codec_for: Callable[[CachedTokens], Codec], residual: int
+    ) -> None:
+        self.shape, self.codec_for, self.residual = shape, codec_for, residual
         self.rows_left = 1
         """Until the next step is full."""
 
@@ -33,10 +36,11 @@ class Packing(KVPolicy):
     def drop(self, cached: CachedTokens) -> None:
         if cached.computed < self.shape.prompt_tokens:
             return
-        step = math.lcm(self.codec.group, cached.kv.block_size)
+        codec = self.codec_for(cached)
+        step = math.lcm(codec.group, cached.kv.block_size)
         self.rows_left = 1  # where blocks are short, every row asks again
         while tokens := max(0, cached.length - self.residual) // step * step:
-            cached.pack(min(tokens, max(step, _PIECE // step * step)), self.codec)
+            cached.pack(min(tokens, max(step, _PIECE // step * step)), codec)
         self.rows_left = self.residual + step - cached.length
 
     def fork(self) -> KVPolicy:

@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokenloom.cache.policy import KVPolicy, Rotation, SequenceShape
+from tokenloom.cache.cached_tokens import CachedTokens, CosSin
+from tokenloom.cache.policy import KVPolicy, SequenceShape
 from tokenloom.errors import RequestError
 from tokenloom.methods.kv.budget import at_least
 from tokenloom.methods.kv.calibration import load
@@ -67,11 +68,14 @@ class Palu(Packer):
                 f"run tokenloom calibrate palu --groups {self.groups}",
                 param="kv",
             )
-        if shape.rotation is None:
-            raise ValueError("palu needs the model's rotation")
         rank = max(1, round(self.ratio * found[names[0]].shape[3]))
-        bases = [found[name][..., :rank] for name in names]
-        return Packing(shape, PaluCodec(bases[0], bases[1], shape.rotation), self.residual)
+        keys, values = (found[name][..., :rank] for name in names)
+
+        def codec_for(cached: CachedTokens) -> PaluCodec:
+            assert cached.cos_sin is not None  # only calibrations have no rotation at hand
+            return PaluCodec(keys, values, cached.cos_sin)
+
+        return Packing(shape, codec_for, self.residual)
 
 
 class PaluCodec:
@@ -84,9 +88,9 @@ class PaluCodec:
     group = 1
     basis: Tensor | None = None
 
-    def __init__(self, keys: Tensor, values: Tensor, rotation: Rotation) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, cos_sin: CosSin) -> None:
         self.layers: Sequence[int] = range(len(keys))
-        self.keys, self.values, self.rotation = keys, values, rotation
+        self.keys, self.values, self.cos_sin = keys, values, cos_sin
         self.width = keys.shape[1] * keys.shape[3]
 
     def num_bytes(self, tokens: int, item_bytes: int) -> int:
@@ -95,7 +99,7 @@ class PaluCodec:
     def encode(self, layer: int, first: int, keys: Tensor, values: Tensor) -> Tensor:
         positions = torch.arange(first, first + len(keys), device=keys.device)
         wide, values = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (keys, values))
-        plain = unrotate(wide, self.rotation, positions)
+        plain = unrotate(wide, self.cos_sin, positions)
         latents = [
             torch.einsum("tgc,gcr->tgr", x.reshape(len(x), u.shape[0], -1), u.to(x)).flatten(1)
             for x, u in ((plain, self.keys[layer]), (values, self.values[layer]))
@@ -108,21 +112,21 @@ class PaluCodec:
             for group, basis in enumerate(bases.to(out)):
                 at = out.view(len(out), len(bases), -1)[:, group]
                 at.copy_(latents[:, i, group] @ basis.t())
-        rotate(keys, self.rotation, torch.arange(len(keys), device=keys.device))
+        rotate(keys, self.cos_sin, torch.arange(len(keys), device=keys.device))
 
 
-def rotate(x: Tensor, rotation: Rotation, positions: Tensor) -> None:
+def rotate(x: Tensor, cos_sin: CosSin, positions: Tensor) -> None:
     """Turn x `[n, H, D]` by half-split RoPE, in place."""
-    cos, sin = (part[:, None].to(x) for part in rotation(positions))
+    cos, sin = (part[:, None].to(x) for part in cos_sin(positions))
     first, second = x.chunk(2, -1)
     turned = second * cos + first * sin
     first.mul_(cos).sub_(second * sin)
     second.copy_(turned)
 
 
-def unrotate(x: Tensor, rotation: Rotation, positions: Tensor) -> Tensor:
+def unrotate(x: Tensor, cos_sin: CosSin, positions: Tensor) -> Tensor:
     """What `rotate` would make x of; where RoPE also scales (YaRN), the scale is taken off too."""
-    cos, sin = (part[:, None].to(x) for part in rotation(positions))
+    cos, sin = (part[:, None].to(x) for part in cos_sin(positions))
     first, second = x.chunk(2, -1)
     scale = cos[..., :1].square() + sin[..., :1].square()
     return torch.cat((first * cos + second * sin, second * cos - first * sin), -1) / scale

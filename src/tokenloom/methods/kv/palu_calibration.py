@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tokenloom.cache.cached_tokens import CachedTokens
+from tokenloom.cache.cached_tokens import CachedTokens, CosSin
 from tokenloom.cache.policy import KVPolicy, SequenceShape
 from tokenloom.engine.engine import Engine
 from tokenloom.errors import RequestError
@@ -19,16 +19,15 @@ from tokenloom.methods.kv.palu import unrotate
 class Moments(KVPolicy):
     """Sums x x' of all keys before RoPE, and of all values, over rows: float64 `[2, L, C, C]`, C = Hk * D."""
 
-    def __init__(self, shape: SequenceShape) -> None:
-        self.shape = shape
+    def __init__(self, shape: SequenceShape, cos_sin: CosSin) -> None:
+        self.cos_sin = cos_sin
         width = shape.num_kv_heads * shape.head_dim
         self.sums = torch.zeros(2, shape.num_layers, width, width, dtype=torch.float64)
 
     def attend(self, layer: int, q: Tensor, cached: CachedTokens) -> None:
-        assert self.shape.rotation is not None
         begin = cached.length - len(q)
         positions = torch.arange(cached.start, cached.start + len(q), device=q.device)
-        keys = unrotate(cached.keys(layer, begin).double(), self.shape.rotation, positions)
+        keys = unrotate(cached.keys(layer, begin).double(), self.cos_sin, positions)
         for i, x in enumerate((keys, cached.values(layer, begin).double())):
             rows = x.flatten(1)
             self.sums[i, layer] += (rows.t() @ rows).cpu()
@@ -68,7 +67,8 @@ def calibrate(
         RequestError: the text, the context or the pool is too small; kv heads cannot be split into so many
             groups.
     """
-    moments = Moments(shape_of(engine, tokens))
+    shape = shape_of(engine, tokens)
+    moments = Moments(shape, engine.decoder.rope.cos_sin)
     bad = next((g for g in groups if g < 1 or engine.config.num_kv_heads % g), None)
     if bad is not None:
         raise RequestError(f"groups: {engine.config.num_kv_heads} kv heads cannot be split into {bad}")
@@ -88,4 +88,4 @@ def calibrate(
         "text": str(text) if text else "Python's standard library",
         "made": f"tokenloom calibrate palu: {num_passages} passages of {tokens} tokens",
     }
-    return store("palu", moments.shape, measured, about), moments
+    return store("palu", shape, measured, about), moments
