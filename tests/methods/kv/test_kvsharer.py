@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from kv_rig import BLOCK, answer, bits, build_engine, request, text_of, tokens
+from kv_rig import BLOCK, answer, bits, build_engine, request, same, text_of, tokens
 from tiny_models import build_tiny
 from tokenloom.cache.kv_cache import KVCache
 from tokenloom.cache.policy import SequenceShape
@@ -57,6 +57,22 @@ def test_nobody_reads_what_shared_layers_compute(
     monkeypatch.setattr(KVCache, "write", poisoned)
     assert bits(answer(engine, PROMPT, specs[0], max_tokens=20)) == both
     assert bits(answer(engine, PROMPT, specs[1], max_tokens=20)) != one  # there, layer 2 reads its own
+
+
+def test_it_is_as_if_the_layer_had_stored_the_others_keys_and_values(
+    files: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = build_engine(files, model__backend="torch", cache__prefix_caching=False)
+    shared = answer(engine, PROMPT, "kvsharer(map=[[3,2],[2,0]])", max_tokens=30)
+    write, first = KVCache.write, []
+
+    def copying(kv: KVCache, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        if layer == 0:
+            first[:] = [k.clone(), v.clone()]
+        write(kv, layer, slots, *(first if layer >= 2 else (k, v)))
+
+    monkeypatch.setattr(KVCache, "write", copying)
+    same(answer(engine, PROMPT, max_tokens=30), shared)
 
 
 def test_half_of_the_layers_are_half_of_the_blocks(files: ModelFiles) -> None:
