@@ -47,6 +47,7 @@ class KVCache:
         self._scales = torch.empty(shape[:4] if self.quantized else 0, device=device)
         self.key_scales: list[Tensor] = [layer[0] for layer in self._scales]
         self.value_scales: list[Tensor] = [layer[1] for layer in self._scales]
+        self._scratch: KVCache | None = None
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store k, v `[T, Hk, D]` at slots `[T]`."""
@@ -106,6 +107,37 @@ class KVCache:
     @property
     def _behind(self) -> int:
         return self.num_slots * self._data.shape[3]
+
+    # -- pages: a block's keys, or values, of one layer, as bytes --------------------------------------------
+
+    @property
+    def pages(self) -> Tensor:
+        """The same memory as pages, uint8 `[L * 2 * num_blocks, page_bytes]`: all blocks' keys of the first
+        layer, their values, those of the second layer, and so on."""
+        return self._data.view(2 * len(self.keys) * self.num_blocks, -1).view(torch.uint8)
+
+    @property
+    def page_bytes(self) -> int:
+        return self.block_size * self.rows[0].shape[1] * self._data.element_size()
+
+    @property
+    def pages_per_block(self) -> int:
+        return 2 * len(self.keys)
+
+    def scratch(self, tokens: int) -> KVCache:
+        """One layer's room for at least `tokens` tokens beside the cache, where anyone may write anything."""
+        if self._scratch is None or self._scratch.num_slots < tokens:
+            _, heads, head_dim = self.keys[0].shape
+            self._scratch = KVCache(
+                1,
+                heads,
+                head_dim,
+                num_blocks=-(-tokens * 5 // 4 // self.block_size) + 1,
+                block_size=self.block_size,
+                dtype=self.keys[0].dtype,
+                device=self.keys[0].device,
+            )
+        return self._scratch
 
     @property
     def num_bytes(self) -> int:

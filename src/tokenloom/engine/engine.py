@@ -127,7 +127,8 @@ class Engine:
         if request.request_id in self.requests:
             raise RequestError(f"request id {request.request_id!r} is in use", param="request_id")
         leader = Sequence(request, 0, self.pool, self._detokenizer(request))
-        leader.govern(self.kv, self.decoder.kernels, request.shape(self.config, self.name))
+        shape = request.shape(self.config, self.name)
+        leader.govern(self.kv, self.decoder.kernels, shape, self.decoder.rope.cos_sin)
         request.sequences = [leader]
         self.requests[request.request_id] = request
         self.scheduler.add(leader)
@@ -210,7 +211,7 @@ class Engine:
             policy, cached = sequence.policy, sequence.cached
             if policy is not None and cached is not None:
                 cached.start, cached.length = start, sequence.kv_start + rows
-                if policy.attends(start, start + rows) or cached.ragged is not None:
+                if policy.attends(start, start + rows) or cached.blocks_apart:
                     builder.governed(policy, cached)
             if sequence.request.adapter is not None:
                 builder.through(sequence.request.adapter.adapter.layers, first)

@@ -11,7 +11,7 @@ import torch
 
 from tokenloom.cache.block_pool import BlockPool
 from tokenloom.cache.block_table import BlockTable, block_digest, root_digest
-from tokenloom.cache.cached_tokens import CachedTokens
+from tokenloom.cache.cached_tokens import CachedTokens, CosSin
 from tokenloom.cache.kv_cache import KVCache
 from tokenloom.cache.policy import KVMethod, KVPolicy, SequenceShape
 from tokenloom.engine.adapters import LoadedAdapter
@@ -115,8 +115,7 @@ class Sequence:
     @property
     def blocks(self) -> list[int]:
         """Every block that holds something of this sequence."""
-        ragged = self.cached.ragged if self.cached is not None else None
-        return self.table.blocks + (ragged.blocks if ragged is not None else [])
+        return self.table.blocks + (self.cached.blocks_apart if self.cached is not None else [])
 
     @property
     def output(self) -> list[int]:
@@ -169,12 +168,12 @@ class Sequence:
         for i in range(computed_before // size, end // size):
             self.table.pool.publish(self.table.blocks[i], self.digest(i))
 
-    def govern(self, kv: KVCache, kernels: Kernels, shape: SequenceShape) -> None:
+    def govern(self, kv: KVCache, kernels: Kernels, shape: SequenceShape, cos_sin: CosSin) -> None:
         """Put the sequence under its request's KV method, before its first row."""
         if self.request.kv is not None:
             self.shape = shape
             self.policy = self.request.kv.policy(shape)
-            self.cached = CachedTokens(kv, self.table, kernels)
+            self.cached = CachedTokens(kv, self.table, kernels, cos_sin)
 
     def release_kv(self) -> None:
         """Give all blocks back."""

@@ -97,7 +97,7 @@ class Decoder:
         for part in batch.policies:
             rows = q[part.rows]
             attended = part.policy.attend(index, rows, part.cached)
-            if attended is None and part.cached.ragged is not None:
+            if attended is None and part.cached.blocks_apart:
                 attended = part.cached.attend(index, rows)
             if attended is None:
                 left.append(part.segment.span)
