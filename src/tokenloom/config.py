@@ -76,14 +76,26 @@ class SchedulerSettings(_Branch):
     max_batch_tokens: int = Field(
         512, ge=1, description="Rows of one iteration: decodes plus prefill chunks."
     )
-    max_running: int = Field(64, ge=1, description="Sequences that hold KV at the same time.")
+    max_running: int = Field(
+        64,
+        ge=1,
+        description="Sequences that hold KV at the same time; with mlfq, that get rows of one iteration.",
+    )
     max_waiting: int = Field(1024, ge=1, description="Requests in the queue; one more is refused (429).")
-    policy: Literal["fcfs", "priority", "lpm"] = Field(
+    policy: Literal["fcfs", "priority", "lpm", "mlfq"] = Field(
         "fcfs",
         description="Who is admitted next: the first; the one of the lowest `priority`; or (lpm) the one "
-        "with most of its prompt in the prefix cache.",
+        "with most of its prompt in the prefix cache. mlfq: whoever has had least gets rows first, running "
+        "or not.",
     )
     lpm_wait_s: float = Field(2.0, ge=0, description="With lpm: who waited longer than this goes first.")
+    mlfq_quantum: int = Field(
+        64, ge=1, le=2**20, description="With mlfq: rows that a request may have in the first level."
+    )
+    mlfq_levels: int = Field(6, ge=1, le=16, description="With mlfq: levels, each of twice the quantum.")
+    mlfq_starvation_s: float = Field(
+        5.0, gt=0, description="With mlfq: who got no row for so long goes up to the first level."
+    )
 
 
 class SloSettings(_Branch):

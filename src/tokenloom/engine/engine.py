@@ -76,7 +76,10 @@ class Engine:
         self.kv = self._allocate_kv()
         self.pool = BlockPool(self.kv.num_blocks, self.kv.block_size)
         self.scheduler = Scheduler(
-            settings.scheduler, self.pool, prefix_caching=settings.cache.prefix_caching
+            settings.scheduler,
+            self.pool,
+            prefix_caching=settings.cache.prefix_caching,
+            copy_block=self.kv.copy_block,
         )
         self.adapters = AdapterRegistry(settings.adapters.max_loaded)
         self.coserver = Coserver(settings, self.scheduler, self.pool, self.decoder, self.kv)
@@ -188,8 +191,6 @@ class Engine:
             return self._publish(ready, sampling, tokens, logprobs)
 
     def _build(self, plan: Plan, train_rows: int) -> Batch:
-        for source, target in plan.copies:
-            self.kv.copy_block(source, target)
         if any(sequence.request.adapter is not None for sequence in plan.rows):
             # Rows of one adapter side by side, so that each runs once.
             plan.rows = dict(sorted(plan.rows.items(), key=lambda item: _adapter_version(item[0])))
