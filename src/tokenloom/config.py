@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import platformdirs
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from tokenloom.errors import TokenloomError
@@ -68,6 +76,20 @@ class CacheSettings(_Branch):
         "nothing can train then.",
     )
     prefix_caching: bool = True
+    tier: Literal["none", "host", "disk"] = Field(
+        "none", description="Where cached blocks go that the pool gives away: nowhere, memory, a file."
+    )
+    tier_bytes: int = Field(2**30, ge=1, description="Most bytes of the tier.")
+    tier_path: str = Field(
+        "", description="disk: the folder of the file, which has no name; empty: `tier` in the home folder."
+    )
+
+    @field_validator("tier")
+    @classmethod
+    def _tier_holds_prefixes(cls, tier: str, info: ValidationInfo) -> str:
+        if tier != "none" and info.data.get("prefix_caching") is False:
+            raise ValueError("a tier keeps blocks of the prefix cache, and cache.prefix_caching is off")
+        return tier
 
 
 class SchedulerSettings(_Branch):

@@ -12,6 +12,7 @@ from torch import Tensor
 from tokenloom.batch import Batch, BatchBuilder, SegmentKind
 from tokenloom.cache.block_pool import BlockPool, OutOfBlocks
 from tokenloom.cache.kv_cache import KVCache, bytes_per_token, default_pool_bytes
+from tokenloom.cache.tier import open_tier
 from tokenloom.config import Settings
 from tokenloom.engine.adapters import AdapterRegistry
 from tokenloom.engine.coserve import Coserver
@@ -52,6 +53,7 @@ class Engine:
 
     Raises:
         ModelError: the model cannot be found, read or held in memory.
+        ConfigError: the second tier of the cache cannot be where it should.
     """
 
     def __init__(self, settings: Settings, files: ModelFiles | None = None) -> None:
@@ -75,6 +77,7 @@ class Engine:
         )
         self.kv = self._allocate_kv()
         self.pool = BlockPool(self.kv.num_blocks, self.kv.block_size)
+        self.pool.tier = open_tier(settings.cache, self.kv)
         self.scheduler = Scheduler(
             settings.scheduler,
             self.pool,
@@ -399,6 +402,8 @@ class Engine:
         stats.prefix_queries_tokens = scheduler.prefix_queries
         stats.prefix_hits_tokens = scheduler.prefix_hits
         stats.preemptions = scheduler.num_preemptions
+        if self.pool.tier is not None:
+            stats.count_tier(self.pool.tier, self.pool.block_size)
         return stats
 
     def _detokenizer(self, request: Request) -> Detokenizer:

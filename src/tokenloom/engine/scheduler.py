@@ -96,7 +96,13 @@ class Scheduler:
         plan = Plan()
         if self.mlfq is not None:
             self._by_level(plan, self.mlfq)
-            return plan
+        else:
+            self._in_order(plan)
+        if self.pool.tier is not None:
+            self.pool.tier.read_ahead(self._wanted(self.pool.tier.read_ahead_blocks))
+        return plan
+
+    def _in_order(self, plan: Plan) -> None:
         preempted = self.num_preemptions
         for decoding in (True, False):
             for sequence in list(self.running):
@@ -104,7 +110,6 @@ class Scheduler:
                     self._give_rows(plan, sequence)
         if self.num_preemptions == preempted:
             self._admit(plan)
-        return plan
 
     def _by_level(self, plan: Plan, mlfq: Mlfq) -> None:
         now = self.clock()
@@ -184,6 +189,8 @@ class Scheduler:
         if not self._make_room(plan, sequence):
             sequence.release_kv()
             return False
+        if self.pool.tier is not None and self._reuses(sequence):
+            hits = sequence.match_prefix()  # what there was no room for before
         self.waiting.remove(sequence)
         if self.mlfq is not None:
             self.mlfq.found(sequence, hits)
@@ -212,6 +219,16 @@ class Scheduler:
     def _reuses(self, sequence: Sequence) -> bool:
         """Whether cached blocks may stand in for rows of this sequence."""
         return self.prefix_caching and not sequence.request.reads_prompt_rows
+
+    def _wanted(self, most: int) -> list[bytes]:
+        """Blocks that the tier has of sequences that wait, at most so many, in the order of their turn."""
+        wanted: dict[bytes, None] = {}
+        for sequence in self.waiting:
+            if len(wanted) >= most:
+                break
+            if self._reuses(sequence):
+                wanted.update(dict.fromkeys(sequence.cold_digests(most - len(wanted))))
+        return list(wanted)
 
     def _next_waiting(self) -> Sequence:
         """Who is admitted next: the first in line, or, by longest prefix match, whoever has most of its
