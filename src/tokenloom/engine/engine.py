@@ -25,6 +25,7 @@ from tokenloom.engine.validation import validate
 from tokenloom.errors import ModelError, RequestError
 from tokenloom.heap import keep_freed_memory, release_freed_memory
 from tokenloom.kernels import Kernels, get_kernels
+from tokenloom.kernels.shared_prefix import shared_prefixes
 from tokenloom.models.decoder import Decoder
 from tokenloom.models.loader import ModelFiles, open_model
 from tokenloom.models.weight_loader import Quantize, WeightLoader
@@ -222,7 +223,11 @@ class Engine:
             self.coserver.add_rows(builder, train_rows)
         self.counters.iterations += 1
         self.counters.batch_tokens += plan.num_rows
-        return builder.build()
+        batch = builder.build()
+        if self.settings.cache.shared_prefix_attention:
+            batch.shared = shared_prefixes(batch.plain_spans, self.pool.block_size)
+            self.counters.prefix_reads_saved += sum(p.num_saved for p in batch.shared)
+        return batch
 
     def _advance(self, plan: Plan, batch: Batch, hidden: Tensor) -> list[Sequence]:
         """Account for the rows just computed; returns the sequences whose tokens are all computed."""

@@ -48,6 +48,8 @@ class EngineStats:
     prefix_queries_tokens: int = 0
     prefix_hits_tokens: int = 0
     preemptions: int = 0
+    prefix_reads_saved: int = 0
+    """Cached tokens that attention did not read again, since it read them for another sequence; per layer."""
     tier_bytes: int = 0
     """Bytes of blocks in the second tier."""
     tier_demotions: int = 0

@@ -92,7 +92,7 @@ class Decoder:
         """Attention of a layer, q `[T, Hq, D]`: policies' rows first, then all that they leave."""
         window = self.layers[index].window
         if not batch.policies:
-            return self.kernels.attention(q, kv, index, batch.spans, window)
+            return self.kernels.attention(q, kv, index, batch.spans, window, batch.shared)
         spans, chosen = list(batch.plain_spans), []
         for part in batch.policies:
             rows = q[part.rows]
@@ -105,7 +105,7 @@ class Decoder:
                 chosen.append((part.rows, attended))
         if not spans and len(chosen) == 1:
             return chosen[0][1]
-        out = self.kernels.attention(q, kv, index, spans, window)
+        out = self.kernels.attention(q, kv, index, spans, window, batch.shared)
         for where, attended in chosen:
             out[where] = attended
         return out

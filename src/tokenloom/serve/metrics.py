@@ -101,6 +101,7 @@ class _EngineCollector(Collector):
         counters = (
             ("prefix_cache_queries", "Prompt tokens looked up for reuse.", stats.prefix_queries_tokens),
             ("prefix_cache_hits", "Prompt tokens found there.", stats.prefix_hits_tokens),
+            ("prefix_reads_saved", "Cached tokens read for another sequence.", stats.prefix_reads_saved),
             ("kv_tier_demotions", "KV blocks that went down to the second tier.", stats.tier_demotions),
             ("kv_tier_hits", "Tokens whose blocks came back from it.", stats.tier_hits_tokens),
             ("kv_tier_corrupt", "Blocks that were not as they had been written.", stats.tier_corrupt),
