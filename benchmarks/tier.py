@@ -5,9 +5,9 @@
 
 Engines on the default model, one for each kind of tier. Each repeat sends a new prompt, takes every block of
 the pool so that what is cached must leave it, and sends the prompt again: timed is the second time to the
-first token. The kinds alternate. `pool` does not take the blocks away. The disk's file is as a rule still in the
-system's page cache, as it would be in use; `disk, waiting` has its blocks read ahead before it is timed, as a
-request has that waits for a while.
+first token. The kinds alternate. `pool` does not take the blocks away. The disk's file is as a rule still in
+the system's page cache, as it would be in use; `disk, waiting` has its blocks read ahead before it is timed,
+as a request has that waits for a while.
 """
 
 from __future__ import annotations

@@ -48,9 +48,9 @@ class Simulation:
             clock=lambda: self.now,
         )
 
-    def add(self, name: str, prompt: int, answer: int) -> Sequence:
+    def add(self, name: str, prompt: int, answer: int, n: int = 1) -> Sequence:
         tokens = [hash((name, i)) % 1000 for i in range(prompt)]
-        request = Request(name, tokens, SamplingParams(max_tokens=answer), arrival_s=self.now)
+        request = Request(name, tokens, SamplingParams(max_tokens=answer, n=n), arrival_s=self.now)
         sequence = Sequence(request, 0, self.pool, detokenizer=None)  # type: ignore[arg-type]
         request.sequences = [sequence]
         self.served[name] = [self.now]
@@ -188,6 +188,25 @@ def test_a_short_prompt_takes_the_blocks_of_whoever_stands_below_it() -> None:
     sim.add("short", 48, 1)
     sim.step()
     assert "short" in sim.done and sim.scheduler.waiting == [long]
+
+
+def test_choices_that_share_blocks_give_way_together() -> None:
+    """Else nobody would get rows: those in front have no blocks, and who has them is not in front."""
+    sim = Simulation(mlfq(max_running=2, mlfq_starvation_s=0.05), num_blocks=20)
+    leader = sim.add("two", 56, 40, n=2)
+    sim.step()
+    sibling = leader.fork(1, None)  # type: ignore[arg-type]
+    sibling.tokens.append(1)
+    leader.request.sequences.append(sibling)
+    leader.request.forked = True
+    sim.scheduler.start(sibling)
+    for _ in range(3):
+        sim.step()
+    assert len(sim.scheduler.running) == 2 and sim.pool.num_available < 15
+    sim.add("short", 60, 1, n=2)
+    for _ in range(15):
+        sim.step()
+    assert "short" in sim.done and "two" not in sim.done
 
 
 def test_what_was_computed_before_a_preemption_is_not_charged_again() -> None:

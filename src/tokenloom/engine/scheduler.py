@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from bisect import insort
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -211,8 +212,9 @@ class Scheduler:
         if missing() > 0 and self.mlfq is not None:
             rank = self._rank(sequence)
             below = sorted((s for s in self.running if self._rank(s) > rank), key=self._rank)
-            own = sum(self.pool.refs(block) == 1 for s in below for block in s.blocks)
-            while own >= missing() > 0 and below:
+            held = Counter(block for s in below for block in s.blocks)
+            freed = sum(self.pool.refs(block) == count for block, count in held.items())
+            while freed >= missing() > 0 and below:
                 self._preempt(plan, below.pop())
         return missing() <= 0
 
