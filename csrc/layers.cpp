@@ -82,10 +82,10 @@ AttentionPlan plan_attention(const std::vector<Span>& spans, const AttentionShap
     const bool sharing = !shared.empty() && s.window == 0;
     std::vector<SharedPart> parts(sharing ? spans.size() : 0);
     std::vector<std::vector<int>> places(parts.size());
-    for (const SharedKeys& keys : sharing ? shared : std::vector<SharedKeys>()) {
-        for (int i : keys.spans) {
-            parts[i].pieces += pieces_of(keys);
-            parts[i].own_begin = std::max(parts[i].own_begin, keys.end);
+    for (size_t k = 0; sharing && k < shared.size(); ++k) {
+        for (int i : shared[k].spans) {
+            parts[i].pieces += pieces_of(shared[k]);
+            parts[i].own_begin = std::max(parts[i].own_begin, shared[k].end);
         }
     }
     for (int i = 0; i < static_cast<int>(spans.size()); ++i) {
