@@ -175,6 +175,33 @@ void check_few_products(const Kernels& kernels, const Kernels& plain, Work& work
     }
 }
 
+// Decodes that have 512 keys in common, as many as few and as many as many queries.
+void check_shared(const Kernels& kernels, const Kernels& plain, Work& work, int rows) {
+    constexpr int heads = 4, kv_heads = 2, head_dim = 32, block_size = 16, prefix = 512;
+    const AttentionShape shape{heads, kv_heads, head_dim, block_size, 0, heads * head_dim, heads * head_dim};
+    std::vector<std::vector<int32_t>> blocks(rows);
+    std::vector<Span> spans;
+    SharedKeys shared{0, prefix, {}};
+    for (int i = 0; i < rows; ++i) {
+        for (int b = 0; b < prefix / block_size; ++b) blocks[i].push_back(b);
+        blocks[i].push_back(prefix / block_size + i);
+        spans.push_back({i, 1, prefix + 1 + i % block_size, blocks[i].data()});
+        shared.spans.push_back(i);
+    }
+    const size_t slots = prefix + static_cast<size_t>(rows) * block_size;
+    const auto q = normal(static_cast<size_t>(rows) * shape.q_stride);
+    auto cache = normal(2 * slots * kv_heads * head_dim);
+    const KVLayer kv{cache.data(), cache.data() + cache.size() / 2, nullptr, nullptr};
+    const auto run = [&](const Kernels& k, const AttentionPlan& plan) {
+        std::vector<float> out(q.size()), partials(static_cast<size_t>(plan.partial_rows) * (head_dim + 2));
+        k.attention(work, q.data(), shape, spans.data(), plan.tasks.data(), static_cast<int>(plan.tasks.size()),
+                    partials.data(), kv, out.data(), nullptr);
+        return out;
+    };
+    check("shared attention", rows, run(kernels, plan_attention(spans, shape, {shared})),
+          run(plain, plan_attention(spans, shape)), 1e-4f);
+}
+
 void check_top(const Kernels& kernels, const Kernels& plain, Work& work) {
     const auto x = normal(3 * 1000);
     std::vector<int64_t> where(3 * 50), there = where;
@@ -205,6 +232,7 @@ int main() {
             for (bool quantized : {false, true}) check_attention(*found[i], plain, work, head_dim, quantized);
         }
         check_few_products(*found[i], plain, work);
+        for (int rows : {2, 40}) check_shared(*found[i], plain, work, rows);
         check_top(*found[i], plain, work);
     }
     if (count == 1) std::printf("only the portable kernels run here\n");

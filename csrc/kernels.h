@@ -52,11 +52,18 @@ struct AttentionShape {
     ptrdiff_t q_stride, out_stride;  // in floats, between rows
 };
 
-// A piece of attention: rows of one span, one kv head, some keys.
+// A row of the batch that reads keys which it shares with others, and where what it gets of them waits to be merged.
+struct SharedRow {
+    int row, partial;
+};
+
+// A piece of attention: rows of one span, one kv head, some keys. Or rows of several spans, all of which read all of
+// these keys: then `shared` says which, and `span` is one of them.
 struct AttentionTask {
     int span, row, rows, kv_head, key_begin, key_end;
     int partial;  // where its result waits to be merged, in units of `partial_floats`; -1: it is the result
     int num_partials;  // of the first task of a merge: how many follow one another; else 0
+    const SharedRow* shared = nullptr;
 };
 
 // The gradient of attention's q, keys and values by that of its result. All rows are [heads, head_dim].

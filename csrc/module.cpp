@@ -1,5 +1,7 @@
 // Python's view of the kernels. Tensors come in as they are (no copies); the GIL is released while they run.
 
+#include <limits>
+
 #include "views.h"
 
 namespace tokenloom {
@@ -145,15 +147,16 @@ void check_lse(const Lse& lse, const Heads& q) {
 }
 
 void attention(Heads q, const KV& kv, int layer, Table table, Vector<int32_t> blocks, int block_size, int window,
-               HeadsOut out, std::optional<Lse> lse, int threads) {
+               HeadsOut out, std::optional<Lse> lse, int threads, const SharedArgs& shared) {
     const AttentionShape shape = shape_of(q, kv, block_size, window, out.stride(0));
     check_heads(q, q, "q");
     check_heads(out, q, "out");
     if (lse) check_lse(*lse, q);
     const KVLayer& cache = kv.layer(layer);
     const auto spans = spans_of(table, blocks, static_cast<int>(q.shape(0)), block_size, kv.num_slots);
+    const auto together = shared_of(shared, spans);
     nb::gil_scoped_release release;
-    const AttentionPlan plan = plan_attention(spans, shape);
+    const AttentionPlan plan = plan_attention(spans, shape, together);
     auto& partials = scratch().partials;
     const size_t needed = static_cast<size_t>(plan.partial_rows) * (shape.head_dim + 2);
     if (partials.size() < needed) partials.resize(needed);
@@ -163,6 +166,15 @@ void attention(Heads q, const KV& kv, int layer, Table table, Vector<int32_t> bl
         isa().attention(work, q.data(), shape, spans.data(), plan.tasks.data(),
                         static_cast<int>(plan.tasks.size()), memory, cache, out.data(), norms);
     });
+}
+
+size_t keys_read(Table table, Vector<int32_t> blocks, int block_size, int window, int heads, int kv_heads,
+                 const SharedArgs& shared) {
+    if (kv_heads < 1 || heads % kv_heads || heads / kv_heads > 64) bad("heads: not a multiple of kv_heads");
+    const auto any = static_cast<size_t>(std::numeric_limits<int>::max());
+    const auto spans = spans_of(table, blocks, std::numeric_limits<int>::max(), block_size, any);
+    const AttentionShape shape{heads, kv_heads, 8, block_size, window, 0, 0};
+    return plan_attention(spans, shape, shared_of(shared, spans)).keys_read();
 }
 
 // Each kv head reads what lies at its own cells; the rows are the last of each list, in order. As many lists as kv
@@ -373,7 +385,7 @@ NB_MODULE(_native, m) {
              "post_norm"_a, "gate_up"_a, "down"_a, "window"_a)
         .def("forward", &Layers::forward, "x"_a.noconvert(), "kv"_a, "cos"_a, "sin"_a, "slots"_a, "spans"_a,
              "blocks"_a, "block_size"_a, "bypasses"_a, "taps"_a, "qkv"_a.noconvert().none(), "attend"_a.none(),
-             "threads"_a);
+             "threads"_a, "shared"_a = nb::none());
     nb::class_<KV>(m, "KV")
         .def(nb::init<std::vector<Cache>, std::vector<Cache>, std::vector<Scales>, std::vector<Scales>>(),
              "keys"_a.noconvert(), "values"_a.noconvert(), "key_scales"_a.noconvert(),
@@ -387,7 +399,9 @@ NB_MODULE(_native, m) {
           "threads"_a, "Adds to dx.");
     m.def("silu_mul_backward", &silu_mul_backward, "dy"_a, "gate_up"_a, "out"_a.noconvert(), "threads"_a);
     m.def("attention", &attention, "q"_a, "kv"_a, "layer"_a, "spans"_a, "blocks"_a, "block_size"_a, "window"_a,
-          "out"_a.noconvert(), "lse"_a.noconvert().none(), "threads"_a);
+          "out"_a.noconvert(), "lse"_a.noconvert().none(), "threads"_a, "shared"_a = nb::none());
+    m.def("keys_read", &keys_read, "spans"_a, "blocks"_a, "block_size"_a, "window"_a, "heads"_a, "kv_heads"_a,
+          "shared"_a = nb::none(), "Keys of one head that `attention` would read, each as often as it is read.");
     m.def("attention_at", &attention_at, "q"_a, "kv"_a, "cells"_a, "ends"_a, "out"_a.noconvert(), "threads"_a);
     m.def("key_scores", &key_scores, "q"_a, "keys"_a.noconvert(), "scales"_a.noconvert().none(), "slots"_a,
           "out"_a.noconvert(), "threads"_a);

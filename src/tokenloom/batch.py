@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokenloom.cache.cached_tokens import CachedTokens
 from tokenloom.cache.policy import KVPolicy
-from tokenloom.kernels import Kernels, KVSpan, Linear, LowRank
+from tokenloom.kernels import Kernels, KVSpan, Linear, LowRank, SharedPrefix
 
 Keep = Callable[[int, str, int], Tensor | None]
 """(layer, site, width) -> what dropout multiplies a site's input by, `[rows, width]`; None: nothing."""
@@ -108,6 +108,7 @@ class Batch:
         bypasses: which rows go through which adapter; rows of the base model alone are in none.
         taps: who reads activations.
         policies: segments that a KV policy attends to.
+        shared: what spans that no policy attends to have in common; empty: every row reads its own.
         spans: those of all segments; plain_spans: of those that no policy attends to and whose attention no
             tap reads; tapped_spans: of those whose attention a tap reads.
     """
@@ -120,6 +121,7 @@ class Batch:
     bypasses: list[BypassRows] = field(default_factory=list)
     taps: list[Tap] = field(default_factory=list)
     policies: list[PolicyRows] = field(default_factory=list)
+    shared: list[SharedPrefix] = field(default_factory=list)
     spans: list[KVSpan] = field(init=False)
     plain_spans: list[KVSpan] = field(init=False)
     tapped_spans: list[KVSpan] = field(init=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -65,6 +66,33 @@ class KVCache:
         self._data[:, :, to] = self._data[:, :, of]
         if self.quantized:
             self._scales[:, :, to] = self._scales[:, :, of]
+
+    # -- blocks as bytes: what leaves the pool, and comes back as it was -------------------------------------
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block in all layers."""
+        return self.num_bytes // self.num_blocks
+
+    def save_block(self, block: int, out: Tensor) -> None:
+        """Copy a block of all layers to out, uint8 `[block_bytes]` on the host."""
+        for part, place in self._parts(block, out):
+            place.copy_(part)
+
+    def load_block(self, block: int, data: Tensor) -> None:
+        """Let a block be what `save_block` made data `[block_bytes]` of."""
+        for part, place in self._parts(block, data):
+            part.copy_(place)
+
+    def _parts(self, block: int, data: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """What a block is made of, and where each part lies in `data`, as its type and shape."""
+        slots, begin = slice(block * self.block_size, (block + 1) * self.block_size), 0
+        for whole in (self._data, self._scales):
+            if whole.numel():
+                part = whole[:, :, slots]
+                end = begin + part.numel() * part.element_size()
+                yield part, data[begin:end].view(part.dtype).view(part.shape)
+                begin = end
 
     # -- cells: one token's keys or values of one head, wherever they lie ------------------------------------
 

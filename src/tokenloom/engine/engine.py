@@ -12,6 +12,7 @@ from torch import Tensor
 from tokenloom.batch import Batch, BatchBuilder, SegmentKind
 from tokenloom.cache.block_pool import BlockPool, OutOfBlocks
 from tokenloom.cache.kv_cache import KVCache, bytes_per_token, default_pool_bytes
+from tokenloom.cache.tier import open_tier
 from tokenloom.config import Settings
 from tokenloom.engine.adapters import AdapterRegistry
 from tokenloom.engine.coserve import Coserver
@@ -24,6 +25,7 @@ from tokenloom.engine.validation import validate
 from tokenloom.errors import ModelError, RequestError
 from tokenloom.heap import keep_freed_memory, release_freed_memory
 from tokenloom.kernels import Kernels, get_kernels
+from tokenloom.kernels.shared_prefix import shared_prefixes
 from tokenloom.models.decoder import Decoder
 from tokenloom.models.loader import ModelFiles, open_model
 from tokenloom.models.weight_loader import Quantize, WeightLoader
@@ -52,6 +54,7 @@ class Engine:
 
     Raises:
         ModelError: the model cannot be found, read or held in memory.
+        ConfigError: the second tier of the cache cannot be where it should.
     """
 
     def __init__(self, settings: Settings, files: ModelFiles | None = None) -> None:
@@ -75,8 +78,12 @@ class Engine:
         )
         self.kv = self._allocate_kv()
         self.pool = BlockPool(self.kv.num_blocks, self.kv.block_size)
+        self.pool.tier = open_tier(settings.cache, self.kv)
         self.scheduler = Scheduler(
-            settings.scheduler, self.pool, prefix_caching=settings.cache.prefix_caching
+            settings.scheduler,
+            self.pool,
+            prefix_caching=settings.cache.prefix_caching,
+            copy_block=self.kv.copy_block,
         )
         self.adapters = AdapterRegistry(settings.adapters.max_loaded)
         self.coserver = Coserver(settings, self.scheduler, self.pool, self.decoder, self.kv)
@@ -189,8 +196,6 @@ class Engine:
             return self._publish(ready, sampling, tokens, logprobs)
 
     def _build(self, plan: Plan, train_rows: int) -> Batch:
-        for source, target in plan.copies:
-            self.kv.copy_block(source, target)
         if any(sequence.request.adapter is not None for sequence in plan.rows):
             # Rows of one adapter side by side, so that each runs once.
             plan.rows = dict(sorted(plan.rows.items(), key=lambda item: _adapter_version(item[0])))
@@ -219,7 +224,11 @@ class Engine:
             self.coserver.add_rows(builder, train_rows)
         self.counters.iterations += 1
         self.counters.batch_tokens += plan.num_rows
-        return builder.build()
+        batch = builder.build()
+        if self.settings.cache.shared_prefix_attention:
+            batch.shared = shared_prefixes(batch.plain_spans, self.pool.block_size)
+            self.counters.prefix_reads_saved += sum(p.num_saved for p in batch.shared)
+        return batch
 
     def _advance(self, plan: Plan, batch: Batch, hidden: Tensor) -> list[Sequence]:
         """Account for the rows just computed; returns the sequences whose tokens are all computed."""
@@ -399,6 +408,8 @@ class Engine:
         stats.prefix_queries_tokens = scheduler.prefix_queries
         stats.prefix_hits_tokens = scheduler.prefix_hits
         stats.preemptions = scheduler.num_preemptions
+        if self.pool.tier is not None:
+            stats.count_tier(self.pool.tier, self.pool.block_size)
         return stats
 
     def _detokenizer(self, request: Request) -> Detokenizer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -135,6 +136,17 @@ class Sequence:
         pool, blocks = self.table.pool, range(self._matchable_blocks)
         return next((i for i in blocks if not pool.holds(self.digest(i))), len(blocks)) * pool.block_size
 
+    def cold_digests(self, most: int) -> Iterator[bytes]:
+        """The first digests, at most so many, that `match_prefix` would find in the tier."""
+        pool, found = self.table.pool, 0
+        for i in range(self._matchable_blocks):
+            digest = self.digest(i)
+            if found == most or not pool.holds(digest):
+                return
+            if not pool.is_resident(digest):
+                found += 1
+                yield digest
+
     @property
     def _matchable_blocks(self) -> int:
         """Full blocks that need not be computed: at least one token must be, and what the policy asks for."""
@@ -144,13 +156,20 @@ class Sequence:
         return max(0, most) // self.table.pool.block_size
 
     def match_prefix(self) -> int:
-        """Adopt cached blocks from the front, leaving at least one token to compute; tokens adopted."""
-        pool = self.table.pool
-        for i in range(self._matchable_blocks):
+        """Adopt cached blocks from the front, leaving at least one token to compute; tokens adopted.
+
+        Those that only the tier has come back if there is room for the whole sequence; it may be called again
+        when there is.
+        """
+        pool, table, length = self.table.pool, self.table, len(self.tokens)
+        room = -(-(length + (self.request.params.max_tokens or 0)) // pool.block_size)
+        for i in range(len(table.blocks), self._matchable_blocks):
             block = pool.lookup(self.digest(i))
+            if block is None and table.missing(length) <= pool.num_available:
+                block = pool.restore(self.digest(i), table.blocks[-1] if table.blocks else None, room)
             if block is None:
                 break
-            self.table.adopt(block)
+            table.adopt(block)
         if self.policy is not None:
             # Neither a part of what the policy computes together, nor a part of a block.
             tokens = len(self.table.blocks) * pool.block_size

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tokenloom.cache.kv_cache import KVCache
-from tokenloom.kernels.interface import Attend, KVSpan, LayerWeights, ModelShape, Weight
+from tokenloom.kernels.interface import Attend, KVSpan, LayerWeights, ModelShape, SharedPrefix, Weight
 from tokenloom.kernels.native import native
 from tokenloom.kernels.packed import PackedWeight
 from tokenloom.kernels.torch_ops import SMALL_WEIGHT, TorchKernels
@@ -79,12 +79,18 @@ class CpuKernels(TorchKernels):
         return out
 
     def attention(
-        self, q: Tensor, kv: KVCache, layer: int, spans: list[KVSpan], window: int | None = None
+        self,
+        q: Tensor,
+        kv: KVCache,
+        layer: int,
+        spans: list[KVSpan],
+        window: int | None = None,
+        shared: Sequence[SharedPrefix] = (),
     ) -> Tensor:
         heads, head_dim = q.shape[1:]
         if q.dtype != torch.float32 or not _attends(heads, kv.keys[0].shape[1], head_dim):
-            return super().attention(q, kv, layer, spans, window)
-        return self._attention(q, kv, layer, spans, window, None)
+            return super().attention(q, kv, layer, spans, window, shared)
+        return self._attention(q, kv, layer, spans, window, None, shared)
 
     def attention_at(self, q: Tensor, kv: KVCache, cells: Tensor | Sequence[Tensor]) -> Tensor:
         heads, head_dim = q.shape[1:]
@@ -158,12 +164,20 @@ class CpuKernels(TorchKernels):
         spans: list[KVSpan],
         window: int | None,
         log_sums: Tensor | None,
+        shared: Sequence[SharedPrefix] = (),
     ) -> Tensor:
         out = torch.empty(q.shape)
-        threads = torch.get_num_threads()
-        table, blocks = self._span_table(spans)
         native.attention(
-            q, native_cache(kv), layer, table, blocks, kv.block_size, window or 0, out, log_sums, threads
+            q,
+            native_cache(kv),
+            layer,
+            *self._span_table(spans),
+            kv.block_size,
+            window or 0,
+            out,
+            log_sums,
+            torch.get_num_threads(),
+            shared_table(spans, shared),
         )
         return out
 
@@ -280,6 +294,7 @@ class FusedLayers:
             qkv,
             attend_to,
             torch.get_num_threads(),
+            shared_table(batch.spans, batch.shared),
         )
         return True
 
@@ -311,6 +326,30 @@ def span_table(spans: list[KVSpan]) -> SpanTable:
         first += len(span.blocks)
     blocks = np.fromiter((b for span in spans for b in span.blocks), np.int32, first)
     return torch.from_numpy(np.array(table, np.int32).reshape(-1, 4)), torch.from_numpy(blocks)
+
+
+def shared_table(spans: Sequence[KVSpan], shared: Sequence[SharedPrefix]) -> SpanTable | None:
+    """What the kernels read of prefixes that spans share: int32 `[R, 3]` (begin, end, number of spans) and
+    the places in `spans` of those that share each; None: nothing is shared."""
+    if not shared:
+        return None
+    place = {span.start: i for i, span in enumerate(spans)}
+    table = [(prefix.begin, prefix.end, len(prefix.spans)) for prefix in shared]
+    members = [place[span.start] for prefix in shared for span in prefix.spans]
+    return torch.tensor(table, dtype=torch.int32), torch.tensor(members, dtype=torch.int32)
+
+
+def keys_read(
+    spans: list[KVSpan],
+    shared: Sequence[SharedPrefix],
+    block_size: int,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+) -> int:
+    """How many keys, of one head each, attention of these spans reads in one layer; as many values."""
+    table = shared_table(spans, shared)
+    return int(native.keys_read(*span_table(spans), block_size, 0, num_heads, num_kv_heads, table))
 
 
 def native_cache(kv: KVCache) -> Any:

@@ -117,6 +117,23 @@ class KVSpan:
         return k * k_scale[..., None], v * v_scale[..., None]
 
 
+@dataclass(slots=True, eq=False)
+class SharedPrefix:
+    """Tokens `begin .. end` that lie in the same blocks for several spans, and that all of their rows read.
+
+    A span may be in several: each begins where the one before it ends, the first at 0.
+    """
+
+    begin: int
+    end: int
+    spans: list[KVSpan]
+
+    @property
+    def num_saved(self) -> int:
+        """Tokens that need not be read again for spans after the first."""
+        return (self.end - self.begin) * (len(self.spans) - 1)
+
+
 Attend = Callable[[int, Tensor], Tensor]
 """(layer, q `[T, Hq, D]`) -> `[T, Hq, D]`: attention, once a layer's keys and values are stored."""
 
@@ -164,12 +181,18 @@ class Kernels(Protocol):
         """Rotate x `[T, H, D]` by half-split RoPE: dimension i turns with i + D / 2."""
 
     def attention(
-        self, q: Tensor, kv: KVCache, layer: int, spans: list[KVSpan], window: int | None = None
+        self,
+        q: Tensor,
+        kv: KVCache,
+        layer: int,
+        spans: list[KVSpan],
+        window: int | None = None,
+        shared: Sequence[SharedPrefix] = (),
     ) -> Tensor:
         """Causal attention of every row over its own span of a layer's cache.
 
-        q: `[T, Hq, D]`; window: a row reads at most its last `window` tokens, itself included. Returns
-        `[T, Hq, D]`.
+        q: `[T, Hq, D]`; window: a row reads at most its last `window` tokens, itself included; shared: what
+        of these spans may be read once for all that share it (without a window). Returns `[T, Hq, D]`.
         """
 
     def attention_at(self, q: Tensor, kv: KVCache, cells: Tensor | Sequence[Tensor]) -> Tensor:

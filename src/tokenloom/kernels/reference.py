@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tokenloom.cache.kv_cache import KVCache
-from tokenloom.kernels.interface import KVSpan, LayerWeights, ModelShape
+from tokenloom.kernels.interface import KVSpan, LayerWeights, ModelShape, SharedPrefix
 from tokenloom.kernels.packed import PackedWeight, Weight, dense
 
 
@@ -65,7 +65,13 @@ class ReferenceKernels:
         return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
 
     def attention(
-        self, q: Tensor, kv: KVCache, layer: int, spans: list[KVSpan], window: int | None = None
+        self,
+        q: Tensor,
+        kv: KVCache,
+        layer: int,
+        spans: list[KVSpan],
+        window: int | None = None,
+        shared: Sequence[SharedPrefix] = (),
     ) -> Tensor:
         num_heads, head_dim = q.shape[1:]
         num_kv_heads = kv.keys[layer].shape[1]

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tokenloom.cache.kv_cache import KVCache
-from tokenloom.kernels.interface import FusedLayers, KVSpan, LayerWeights, ModelShape
+from tokenloom.kernels.interface import FusedLayers, KVSpan, LayerWeights, ModelShape, SharedPrefix
 from tokenloom.kernels.packed import PackedWeight, Weight, dense
+from tokenloom.kernels.shared_prefix import attend_shared
 
 # Below this many rows, BLAS is faster on CPU with the weight as the left factor (measured: 25 against
 # 35 ms at one row and 52 against 100 ms at 16 rows for all layers of the default model).
@@ -81,12 +82,21 @@ class TorchKernels:
         return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
 
     def attention(
-        self, q: Tensor, kv: KVCache, layer: int, spans: list[KVSpan], window: int | None = None
+        self,
+        q: Tensor,
+        kv: KVCache,
+        layer: int,
+        spans: list[KVSpan],
+        window: int | None = None,
+        shared: Sequence[SharedPrefix] = (),
     ) -> Tensor:
         num_heads, head_dim = q.shape[1:]
         num_kv_heads = kv.keys[layer].shape[1]
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        done = attend_shared(q, kv, layer, shared, out) if shared and window is None else set()
         for span in spans:
+            if span.start in done:
+                continue
             rows = span.rows
             first_row_end = span.kv_len - span.length + 1
             begin = 0 if window is None else max(0, first_row_end - window)

@@ -92,7 +92,7 @@ class Decoder:
         """Attention of a layer, q `[T, Hq, D]`: policies' rows first, then all that they leave."""
         window = self.layers[index].window
         if not batch.policies and not batch.tapped_spans:
-            return self.kernels.attention(q, kv, index, batch.spans, window)
+            return self.kernels.attention(q, kv, index, batch.spans, window, batch.shared)
         left, chosen = [], []
         for part in batch.policies:
             rows = q[part.rows]
@@ -109,12 +109,12 @@ class Decoder:
             self._tap(batch, index, "attended", out)
             self._tap(batch, index, "log_sums", log_sums)
             if spans:
-                others = self.kernels.attention(q, kv, index, spans, window)
+                others = self.kernels.attention(q, kv, index, spans, window, batch.shared)
                 chosen += [(span.rows, others[span.rows]) for span in spans]
         elif not spans and len(chosen) == 1:
             return chosen[0][1]
         else:
-            out = self.kernels.attention(q, kv, index, spans, window)
+            out = self.kernels.attention(q, kv, index, spans, window, batch.shared)
         for where, attended in chosen:
             out[where] = attended
         return out
