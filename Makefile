@@ -1,5 +1,5 @@
 # make serve   set everything up, fetch the default model and serve it on 127.0.0.1:8000
-# make test    set everything up and run the tests
+# make test    set everything up and run the tests, some at a time (ARGS=-n0: one after another)
 # make check   lint and types
 # make sanitize  the native kernels' tests on an extension built with ASan and UBSan (GCC)
 # make neon      the ARM kernels against the portable ones, cross-compiled and emulated
@@ -16,7 +16,7 @@ serve: install
 
 test: dev
 	$(BIN)/tokenloom models pull
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal $(ARGS)
 
 check: dev
 	$(BIN)/ruff check src tests benchmarks examples

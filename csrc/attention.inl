@@ -117,11 +117,11 @@ void add_few(Attending<D>& a, int queries, int padded) {
         const float next = now > a.most[i] || now != now ? now : a.most[i];
         f32x8 weights = splat(0.0f);
         for (int j = 0; j < padded; j += 8) {
-            const f32x8 e = exp(load(p + j) - splat(next));
+            const f32x8 e = exp_below(load(p + j) - splat(next));
             weights += e;
             store(p + j, e);
         }
-        const float decay = a.most[i] == next ? 1.0f : exp(splat(a.most[i] - next))[0];
+        const float decay = a.most[i] == next ? 1.0f : exp_below(splat(a.most[i] - next))[0];
         a.total[i] = a.total[i] * decay + sum(weights);
         a.most[i] = next;
         add_values<D>(a.rows, p, low, high, decay, a.acc + i * D);
@@ -182,11 +182,11 @@ void weigh_many(Attending<D>& a, int queries, int count, bool masked) {
         const f32xw base = select(top == none, f32xw{}, top);  // no key yet: all weights are 0
         f32xw weights{};
         for (int j = 0; j < count; ++j) {
-            const f32xw e = exp(load_wide(p + j * MOST_QUERIES) - base);
+            const f32xw e = exp_below(load_wide(p + j * MOST_QUERIES) - base);
             weights += e;
             store_wide(p + j * MOST_QUERIES, e);
         }
-        const f32xw decay = select(before == top, all<f32xw>(1.0f), exp(before - base));
+        const f32xw decay = select(before == top, all<f32xw>(1.0f), exp_below(before - base));
         store_wide(a.decay + lane, decay);
         store_wide(a.total + lane, load_wide(a.total + lane) * decay + weights);
         store_wide(a.most + lane, top);
@@ -244,6 +244,11 @@ void add_many(const float* const* rows, int count, const float* weights, const f
     }
 }
 
+// The row of the batch that a task's query i is of.
+inline int row_of(const Span& span, const AttentionTask& task, int row) {
+    return task.shared ? task.shared[row].row : span.start + task.row + row;
+}
+
 template <int D>
 void attend(const float* q, const AttentionShape& s, const Span* spans, const AttentionTask& task,
             float* partials, const KVLayer& kv, float* out, float* lse) {
@@ -254,8 +259,8 @@ void attend(const float* q, const AttentionShape& s, const Span* spans, const At
     const float factor = 1.0f / std::sqrt(static_cast<float>(D));
     Attending<D> a;
     for (int i = 0; i < queries; ++i) {
-        const int row = task.row + i / group, head = task.kv_head * group + i % group;
-        const float* from = q + (span.start + row) * s.q_stride + head * D;
+        const int row = row_of(span, task, i / group), head = task.kv_head * group + i % group;
+        const float* from = q + row * s.q_stride + head * D;
         if (many) {
             for (int d = 0; d < D; ++d) a.query[d * MOST_QUERIES + i] = from[d] * factor;
         } else {
@@ -294,8 +299,8 @@ void attend(const float* q, const AttentionShape& s, const Span* spans, const At
         gather<D>(here, count, kv.values, kv.value_scales, a.rows, a.wide);
         bool masked = false;
         for (int i = 0; i < queries; ++i) {
-            // Row r of the span is token kv_len - length + r: it reads up to itself.
-            const int last = span.kv_len - span.length + task.row + i / group;
+            // Row r of the span is token kv_len - length + r: it reads up to itself; all that is shared.
+            const int last = task.shared ? task.key_end : span.kv_len - span.length + task.row + i / group;
             a.low[i] = s.window > 0 ? std::max(0, last + 1 - s.window - begin) : 0;
             a.high[i] = std::min(count, last + 1 - begin);
             masked |= a.low[i] > 0 || a.high[i] < count;
@@ -310,7 +315,8 @@ void attend(const float* q, const AttentionShape& s, const Span* spans, const At
     for (int i = 0; i < queries; ++i) {
         const float* acc = a.acc + i * D;
         if (task.partial >= 0) {
-            float* to = partials + (static_cast<size_t>(task.partial) + i) * (D + 2);
+            const int place = task.shared ? task.shared[i / group].partial + i % group : task.partial + i;
+            float* to = partials + static_cast<size_t>(place) * (D + 2);
             memcpy(to, acc, sizeof(float) * D);
             to[D] = a.most[i];
             to[D + 1] = a.total[i];

@@ -79,7 +79,7 @@ inline void weigh_backward(float* scores, float* d_weights, const float* lse, co
         for (int j = 0; j < padded; ++j) {
             float *s = scores + j * MOST_QUERIES + lane, *d = d_weights + j * MOST_QUERIES + lane;
             const i32xw reads = (j >= from) & (j < to) & (j < count);
-            const f32xw weight = select(reads, exp(load_wide(s) - base), f32xw{});
+            const f32xw weight = select(reads, exp_below(load_wide(s) - base), f32xw{});
             store_wide(s, weight);
             // Not read at all is 0 even where a number of another row is not finite.
             store_wide(d, select(reads, weight * (load_wide(d) - taken), f32xw{}));
@@ -118,6 +118,8 @@ void attend_backward(const AttentionShape& s, const AttentionGradients& g, const
             const int first = span.kv_len - span.length + tile.row;  // token of the tile's first row
             if (first + tile.rows <= begin || (s.window > 0 && first + 1 - s.window >= begin + count)) continue;
             const int queries = tile.rows * group;
+            // Keys behind the tile's last row are read by nobody.
+            const int reached = std::min(count, first + tile.rows - begin), reached_padded = (reached + 7) / 8 * 8;
             const float *q[MOST_QUERIES], *d_out[MOST_QUERIES];
             for (int i = 0; i < MOST_QUERIES; ++i) {
                 if (i >= queries) {
@@ -133,12 +135,12 @@ void attend_backward(const AttentionShape& s, const AttentionGradients& g, const
             }
             const float* query = g.prepared + (static_cast<size_t>(task.kv_head) * tiles + t) * prepared_floats(D);
             const float *d_query = query + D * MOST_QUERIES, *lse = d_query + D * MOST_QUERIES;
-            score_many<D>(keys, padded, query, queries, scores);
-            score_many<D>(values, padded, d_query, queries, d_weights);
-            weigh_backward(scores, d_weights, lse, lse + MOST_QUERIES, queries, count, padded, low, high);
-            give<D>(d_out, queries, scores, padded, d_values);
-            give<D>(q, queries, d_weights, padded, d_keys);
-            add_many<D>(keys, count, d_weights, ones, d_queries + t * tile_floats, queries);
+            score_many<D>(keys, reached_padded, query, queries, scores);
+            score_many<D>(values, reached_padded, d_query, queries, d_weights);
+            weigh_backward(scores, d_weights, lse, lse + MOST_QUERIES, queries, reached, reached_padded, low, high);
+            give<D>(d_out, queries, scores, reached_padded, d_values);
+            give<D>(q, queries, d_weights, reached_padded, d_keys);
+            add_many<D>(keys, reached, d_weights, ones, d_queries + t * tile_floats, queries);
         }
         const ptrdiff_t to = task.kv_head * g.head_stride + (g.first_tokens[task.span] + begin) * D;
         for (int i = 0; i < count * D; i += 8) {

@@ -150,8 +150,64 @@ void check_attention(const Kernels& kernels, const Kernels& plain, Work& work, i
     check("attention", head_dim, outs[0], outs[1], quantized ? 0.01f : 1e-4f);
 }
 
+void check_few_products(const Kernels& kernels, const Kernels& plain, Work& work) {
+    constexpr int rows = 3, heads = 6, kv_heads = 2, tokens = 300, n = 37;
+    for (int width : {8, 24, 64, 256}) {
+        const auto x = normal(rows * width), weights = normal(n * width);
+        std::vector<float> got(rows * n), wanted = got;
+        kernels.few_products(work, x.data(), rows, weights.data(), n, width, got.data());
+        plain.few_products(work, x.data(), rows, weights.data(), n, width, wanted.data());
+        check("few_products", width, got, wanted, 1e-5f);
+
+        const auto q = normal(heads * width), keys = normal(static_cast<size_t>(tokens) * kv_heads * width);
+        const auto quants = bytes(keys.size());
+        const std::vector<float> scales(tokens * kv_heads, 0.01f);
+        std::vector<int64_t> slots(tokens - 3);
+        for (size_t i = 0; i < slots.size(); ++i) slots[i] = static_cast<int64_t>(i * 7 % tokens);
+        for (bool quantized : {false, true}) {
+            KeyRows chosen{keys.data(), nullptr, kv_heads, width, slots.data()};
+            if (quantized) chosen = {quants.data(), scales.data(), kv_heads, width, slots.data()};
+            std::vector<float> scored(heads * slots.size()), expected = scored;
+            kernels.key_scores(work, q.data(), chosen, heads, static_cast<int>(slots.size()), scored.data());
+            plain.key_scores(work, q.data(), chosen, heads, static_cast<int>(slots.size()), expected.data());
+            check("key_scores", width, scored, expected, 1e-5f);
+        }
+    }
+}
+
+// Decodes that have 512 keys in common, as many as few and as many as many queries.
+void check_shared(const Kernels& kernels, const Kernels& plain, Work& work, int rows) {
+    constexpr int heads = 4, kv_heads = 2, head_dim = 32, block_size = 16, prefix = 512;
+    const AttentionShape shape{heads, kv_heads, head_dim, block_size, 0, heads * head_dim, heads * head_dim};
+    std::vector<std::vector<int32_t>> blocks(rows);
+    std::vector<Span> spans;
+    SharedKeys shared{0, prefix, {}};
+    for (int i = 0; i < rows; ++i) {
+        for (int b = 0; b < prefix / block_size; ++b) blocks[i].push_back(b);
+        blocks[i].push_back(prefix / block_size + i);
+        spans.push_back({i, 1, prefix + 1 + i % block_size, blocks[i].data()});
+        shared.spans.push_back(i);
+    }
+    const size_t slots = prefix + static_cast<size_t>(rows) * block_size;
+    const auto q = normal(static_cast<size_t>(rows) * shape.q_stride);
+    auto cache = normal(2 * slots * kv_heads * head_dim);
+    const KVLayer kv{cache.data(), cache.data() + cache.size() / 2, nullptr, nullptr};
+    const auto run = [&](const Kernels& k, const AttentionPlan& plan) {
+        std::vector<float> out(q.size()), partials(static_cast<size_t>(plan.partial_rows) * (head_dim + 2));
+        k.attention(work, q.data(), shape, spans.data(), plan.tasks.data(), static_cast<int>(plan.tasks.size()),
+                    partials.data(), kv, out.data(), nullptr);
+        return out;
+    };
+    check("shared attention", rows, run(kernels, plan_attention(spans, shape, {shared})),
+          run(plain, plan_attention(spans, shape)), 1e-4f);
+}
+
 void check_top(const Kernels& kernels, const Kernels& plain, Work& work) {
     const auto x = normal(3 * 1000);
+    std::vector<int64_t> where(3 * 50), there = where;
+    kernels.largest(work, x.data(), 1000, 3, 1000, 50, where.data());
+    plain.largest(work, x.data(), 1000, 3, 1000, 50, there.data());
+    if (where != there) check("largest", 50, {1.0f}, {2.0f}, 0.0f);
     std::vector<float> got(3 * 20 + 3), wanted = got;
     std::vector<int64_t> ids(3 * 20), expected = ids;
     kernels.top(work, x.data(), 1000, 3, 1000, 20, got.data(), ids.data(), got.data() + 60);
@@ -175,6 +231,8 @@ int main() {
         for (int head_dim : {8, 16, 32, 64, 80, 96, 128}) {
             for (bool quantized : {false, true}) check_attention(*found[i], plain, work, head_dim, quantized);
         }
+        check_few_products(*found[i], plain, work);
+        for (int rows : {2, 40}) check_shared(*found[i], plain, work, rows);
         check_top(*found[i], plain, work);
     }
     if (count == 1) std::printf("only the portable kernels run here\n");

@@ -39,17 +39,33 @@ struct Span {
     int tail_length = 0;
 };
 
+// Rows of keys, [Hk, width] each, float32 or int8 with a scale for each head, and which of them are meant.
+struct KeyRows {
+    const void* data;
+    const float* scales;  // null: float32
+    int heads, width;     // width: a multiple of 8
+    const int64_t* slots;
+};
+constexpr int MOST_WIDTH = 256;
+
 // One attention: who reads what. `window` 0: everything before.
 struct AttentionShape {
     int heads, kv_heads, head_dim, block_size, window;
     ptrdiff_t q_stride, out_stride;  // in floats, between rows
 };
 
-// A piece of attention: rows of one span, one kv head, some keys.
+// A row of the batch that reads keys which it shares with others, and where what it gets of them waits to be merged.
+struct SharedRow {
+    int row, partial;
+};
+
+// A piece of attention: rows of one span, one kv head, some keys. Or rows of several spans, all of which read all of
+// these keys: then `shared` says which, and `span` is one of them.
 struct AttentionTask {
     int span, row, rows, kv_head, key_begin, key_end;
     int partial;  // where its result waits to be merged, in units of `partial_floats`; -1: it is the result
     int num_partials;  // of the first task of a merge: how many follow one another; else 0
+    const SharedRow* shared = nullptr;
 };
 
 // The gradient of attention's q, keys and values by that of its result. All rows are [heads, head_dim].
@@ -131,11 +147,16 @@ struct Kernels {
     void (*attention)(Work& work, const float* q, const AttentionShape& shape, const Span* spans,
                       const AttentionTask* tasks, int num_tasks, float* partials, const KVLayer& kv,
                       float* out, float* lse);  // lse [T, Hq]: log of the sum of e^score; null: not wanted
+    // out [heads, count]: q [heads, width] times the keys at keys.slots [count].
+    void (*key_scores)(Work& work, const float* q, const KeyRows& keys, int heads, int count, float* out);
+    void (*few_products)(Work& work, const float* x, int rows, const float* weights, int n, int k, float* y);
     void (*attention_backward)(Work& work, const AttentionShape& shape, const AttentionGradients& gradients,
                                const KVLayer& kv);
     // The k largest of each row in descending order (of equal ones the first), and log(sum(exp(row))).
     void (*top)(Work& work, const float* x, ptrdiff_t stride, int rows, int width, int k, float* values,
                 int64_t* ids, float* norms);
+    // Where the k largest of each row are, in ascending order; of equal ones the first count.
+    void (*largest)(Work& work, const float* x, ptrdiff_t stride, int rows, int width, int k, int64_t* ids);
     void (*sum)(Work& work, const uint64_t* data, size_t count, uint64_t* out);  // one figure per thread
 };
 

@@ -18,33 +18,102 @@ constexpr int APART = 16;
 
 }  // namespace
 
-AttentionPlan plan_attention(const std::vector<Span>& spans, const AttentionShape& s) {
+size_t AttentionPlan::keys_read() const {
+    size_t keys = 0;
+    for (const AttentionTask& task : tasks) keys += task.key_end - task.key_begin;
+    return keys;
+}
+
+namespace {
+
+// What a span shares with others: so many results come from there, and its own keys begin behind it.
+struct SharedPart {
+    int pieces = 0, own_begin = 0;
+};
+
+int pieces_of(const SharedKeys& keys) { return (keys.end - keys.begin + SPLIT_KEYS - 1) / SPLIT_KEYS; }
+
+// One task reads shared keys for as many rows as fit it. `places[i]`: where span i's results of them begin, for each
+// tile of its rows and kv head.
+void plan_shared(AttentionPlan& plan, const std::vector<Span>& spans, const AttentionShape& s,
+                 const std::vector<SharedKeys>& shared, const std::vector<std::vector<int>>& places) {
+    const int group = s.heads / s.kv_heads, tile = std::max(1, MOST_QUERIES / group);
+    std::vector<int> done(spans.size());  // pieces of each span
+    size_t total = 0;
+    for (const SharedKeys& keys : shared) {
+        for (int i : keys.spans) total += static_cast<size_t>(spans[i].length) * pieces_of(keys) * s.kv_heads;
+    }
+    plan.shared.reserve(total);  // tasks point into it
+    for (const SharedKeys& keys : shared) {
+        const int pieces = pieces_of(keys);
+        for (int head = 0; head < s.kv_heads; ++head) {
+            for (int p = 0; p < pieces; ++p) {
+                const int from = keys.begin + p * SPLIT_KEYS;
+                AttentionTask task{keys.spans[0], 0, 0, head, from, std::min(from + SPLIT_KEYS, keys.end), 0, 0};
+                const auto close = [&] {
+                    if (!task.rows) return;
+                    task.shared = plan.shared.data() + plan.shared.size() - task.rows;
+                    plan.tasks.push_back(task);
+                    task.rows = 0;
+                };
+                for (int i : keys.spans) {
+                    for (int r = 0; r < spans[i].length; ++r) {
+                        // Results lie by tile of rows, kv head and piece, then by row.
+                        const int rows = std::min(tile, spans[i].length - r / tile * tile);
+                        const int place = places[i][r / tile * s.kv_heads + head];
+                        plan.shared.push_back({spans[i].start + r, place + ((done[i] + p) * rows + r % tile) * group});
+                        if (++task.rows == tile) close();
+                    }
+                }
+                close();
+            }
+        }
+        for (int i : keys.spans) done[i] += pieces;
+    }
+}
+
+}  // namespace
+
+AttentionPlan plan_attention(const std::vector<Span>& spans, const AttentionShape& s,
+                             const std::vector<SharedKeys>& shared) {
     AttentionPlan plan;
     const int group = s.heads / s.kv_heads;
     const int tile = std::max(1, MOST_QUERIES / group);
+    const bool sharing = !shared.empty() && s.window == 0;
+    std::vector<SharedPart> parts(sharing ? spans.size() : 0);
+    std::vector<std::vector<int>> places(parts.size());
+    for (size_t k = 0; sharing && k < shared.size(); ++k) {
+        for (int i : shared[k].spans) {
+            parts[i].pieces += pieces_of(shared[k]);
+            parts[i].own_begin = std::max(parts[i].own_begin, shared[k].end);
+        }
+    }
     for (int i = 0; i < static_cast<int>(spans.size()); ++i) {
         const Span& span = spans[i];
+        const SharedPart part = sharing ? parts[i] : SharedPart{};
         for (int row = 0; row < span.length; row += tile) {
             const int rows = std::min(tile, span.length - row);
             const int first = span.kv_len - span.length + row;  // token of the tile's first row
-            const int begin = s.window > 0 ? std::max(0, first + 1 - s.window) : 0, end = first + rows;
+            const int begin = s.window > 0 ? std::max(0, first + 1 - s.window) : part.own_begin, end = first + rows;
             const int split = span.length <= SPLIT_ROWS ? SPLIT_KEYS : end - begin;
-            const int pieces = (end - begin + split - 1) / split;
+            const int pieces = (end - begin + split - 1) / split, results = pieces + part.pieces;
             const int heads = span.cells ? span.head + 1 : s.kv_heads;
             for (int head = span.cells ? span.head : 0; head < heads; ++head) {
+                if (part.pieces > 0) places[i].push_back(plan.partial_rows + pieces * rows * group);
                 for (int p = 0; p < pieces; ++p) {
                     const int from = begin + p * split;
                     AttentionTask task{i, row, rows, head, from, std::min(from + split, end), -1, 0};
-                    if (pieces > 1) {
-                        task.partial = plan.partial_rows;
-                        task.num_partials = p == 0 ? pieces : 0;
-                        plan.partial_rows += rows * group;
+                    if (results > 1) {
+                        task.partial = plan.partial_rows + p * rows * group;
+                        task.num_partials = p == 0 ? results : 0;
                     }
                     plan.tasks.push_back(task);
                 }
+                if (results > 1) plan.partial_rows += results * rows * group;
             }
         }
     }
+    if (sharing) plan_shared(plan, spans, s, shared, places);
     // Long ones first: the last to finish should be short.
     std::stable_sort(plan.tasks.begin(), plan.tasks.end(), [](const auto& a, const auto& b) {
         return a.rows * (a.key_end - a.key_begin) > b.rows * (b.key_end - b.key_begin);
@@ -133,8 +202,10 @@ void run_layers(const Kernels& kernels, int threads, const Shape& shape, const s
             ranks = std::max(ranks, lora->ranks);
         }
     }
-    const bool keeps_gate_up =
-        std::any_of(batch.taps.begin(), batch.taps.end(), [](const Tap& t) { return t.place == Place::GateUp; });
+    const auto keeps = [&](Place place) {
+        return std::any_of(batch.taps.begin(), batch.taps.end(), [&](const Tap& t) { return t.place == place; });
+    };
+    const bool keeps_gate_up = keeps(Place::GateUp), keeps_log_sums = keeps(Place::LogSums);
 
     Scratch& own = scratch();
     const int widest = std::max<int>({shape.width, shape.ff, shape.q_width()});
@@ -145,12 +216,13 @@ void run_layers(const Kernels& kernels, int threads, const Shape& shape, const s
     const size_t bypassed = floats(ranks > 0 ? shape.width : 0);
     const size_t projected = batch.qkv ? 0 : floats(shape.qkv_width());
     float* buffer = own.rows(projected + inner + bypassed + floats(ranks) +
-                             floats(keeps_gate_up ? gate_up_stride : 0));
+                             floats(keeps_gate_up ? gate_up_stride : 0) + floats(keeps_log_sums ? shape.heads : 0));
     float* qkv = batch.qkv ? batch.qkv : buffer;
     float* hidden = buffer + projected;  // what attention, and later the MLP's activation, puts out
     float* normed = hidden + inner;      // what bypasses of qkv and gate_up read
     float* z = normed + bypassed;                     // their middle
     float* gate_up = z + floats(ranks);               // where it is wanted before SiLU
+    float* log_sums = keeps_log_sums ? gate_up + floats(keeps_gate_up ? gate_up_stride : 0) : nullptr;
 
     for (size_t i = 0; i < passes.size(); ++i) {
         const int site = static_cast<int>(i % SITES);
@@ -171,7 +243,7 @@ void run_layers(const Kernels& kernels, int threads, const Shape& shape, const s
         const int window = layers[i].window;
         if (std::any_of(plans.begin(), plans.end(), [&](const auto& p) { return p.first == window; })) continue;
         attention.window = window;
-        plans.emplace_back(window, plan_attention(batch.spans, attention));
+        plans.emplace_back(window, plan_attention(batch.spans, attention, batch.shared));
         const size_t needed = static_cast<size_t>(plans.back().second.partial_rows) * (shape.head_dim + 2);
         partial_floats_needed = std::max(partial_floats_needed, needed);
     }
@@ -220,7 +292,9 @@ void run_layers(const Kernels& kernels, int threads, const Shape& shape, const s
                 attended = batch.attended;
             } else {
                 kernels.attention(work, qkv, own_attention, batch.spans.data(), plan->tasks.data(),
-                                  static_cast<int>(plan->tasks.size()), partials, kv[i], hidden, nullptr);
+                                  static_cast<int>(plan->tasks.size()), partials, kv[i], hidden, log_sums);
+                tap(Place::Attended, hidden, shape.q_width(), shape.q_width());
+                if (keeps_log_sums) tap(Place::LogSums, log_sums, shape.heads, shape.heads);
             }
             project(O, layer.o, attended, shape.q_width(), nullptr, Then::Add, x, shape.width);
             tap(Place::Residual, x, shape.width, shape.width);

@@ -31,12 +31,24 @@ struct Shape {
     int width_out(int site) const { return site == QKV ? qkv_width() : site == GATE_UP ? 2 * ff : width; }
 };
 
+// Keys begin .. end, which lie in the same blocks for all of these spans, and are read by all of their rows.
+struct SharedKeys {
+    int begin, end;
+    std::vector<int> spans;
+};
+
 // What attention of a batch is cut into.
 struct AttentionPlan {
     std::vector<AttentionTask> tasks;
     int partial_rows = 0;
+    std::vector<SharedRow> shared;  // what tasks point to
+    size_t keys_read() const;       // of one head each
 };
-AttentionPlan plan_attention(const std::vector<Span>& spans, const AttentionShape& shape);
+
+// `shared`: of each span from its first key on, without gaps; read once for all of its spans' rows, unless there is a
+// window.
+AttentionPlan plan_attention(const std::vector<Span>& spans, const AttentionShape& shape,
+                             const std::vector<SharedKeys>& shared = {});
 
 // Cuts the gradient of attention into tiles and tasks; returns the floats that `prepared` and `partials` need.
 std::pair<size_t, size_t> plan_gradients(AttentionGradients& gradients, const AttentionShape& shape);
@@ -49,8 +61,9 @@ struct Bypass {
 
 // Rows whose activations at one place are kept, in every layer. Row r's numbers go to the units
 // `units[per_row * r ..]` of the layer's cache, seen as rows of kv_heads * head_dim numbers: all its keys, and
-// behind them all its values.
-enum class Place : int { Input, Query, Residual, GateUp };
+// behind them all its values. What attention gives (Attended, LogSums) is the caller's to keep where the caller
+// computes it.
+enum class Place : int { Input, Query, Residual, GateUp, Attended, LogSums, PLACES };
 struct Tap {
     Place place;
     int begin, end, per_row;
@@ -67,6 +80,7 @@ struct LayerRows {
     std::vector<Span> spans;
     std::vector<Bypass> bypasses;
     std::vector<Tap> taps;
+    std::vector<SharedKeys> shared;
     float* qkv = nullptr;             // [T, qkv_width], where a call ends before attention or begins behind it
     const float* attended = nullptr;  // [T, q_width], what attention gave, where a call begins behind it
 };

@@ -1,5 +1,7 @@
 // Python's view of the kernels. Tensors come in as they are (no copies); the GIL is released while they run.
 
+#include <limits>
+
 #include "views.h"
 
 namespace tokenloom {
@@ -119,7 +121,8 @@ void silu_mul_backward(Rows dy, Rows gate_up, Out out, int threads) {
     });
 }
 
-using Lse = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Matrix = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Lse = Matrix;
 
 AttentionShape shape_of(const Heads& q, const KV& kv, int block_size, int window, ptrdiff_t out_stride) {
     const int heads = static_cast<int>(q.shape(1)), head_dim = static_cast<int>(q.shape(2));
@@ -144,15 +147,16 @@ void check_lse(const Lse& lse, const Heads& q) {
 }
 
 void attention(Heads q, const KV& kv, int layer, Table table, Vector<int32_t> blocks, int block_size, int window,
-               HeadsOut out, std::optional<Lse> lse, int threads) {
+               HeadsOut out, std::optional<Lse> lse, int threads, const SharedArgs& shared) {
     const AttentionShape shape = shape_of(q, kv, block_size, window, out.stride(0));
     check_heads(q, q, "q");
     check_heads(out, q, "out");
     if (lse) check_lse(*lse, q);
     const KVLayer& cache = kv.layer(layer);
     const auto spans = spans_of(table, blocks, static_cast<int>(q.shape(0)), block_size, kv.num_slots);
+    const auto together = shared_of(shared, spans);
     nb::gil_scoped_release release;
-    const AttentionPlan plan = plan_attention(spans, shape);
+    const AttentionPlan plan = plan_attention(spans, shape, together);
     auto& partials = scratch().partials;
     const size_t needed = static_cast<size_t>(plan.partial_rows) * (shape.head_dim + 2);
     if (partials.size() < needed) partials.resize(needed);
@@ -162,6 +166,15 @@ void attention(Heads q, const KV& kv, int layer, Table table, Vector<int32_t> bl
         isa().attention(work, q.data(), shape, spans.data(), plan.tasks.data(),
                         static_cast<int>(plan.tasks.size()), memory, cache, out.data(), norms);
     });
+}
+
+size_t keys_read(Table table, Vector<int32_t> blocks, int block_size, int window, int heads, int kv_heads,
+                 const SharedArgs& shared) {
+    if (kv_heads < 1 || heads % kv_heads || heads / kv_heads > 64) bad("heads: not a multiple of kv_heads");
+    const auto any = static_cast<size_t>(std::numeric_limits<int>::max());
+    const auto spans = spans_of(table, blocks, std::numeric_limits<int>::max(), block_size, any);
+    const AttentionShape shape{heads, kv_heads, 8, block_size, window, 0, 0};
+    return plan_attention(spans, shape, shared_of(shared, spans)).keys_read();
 }
 
 // Each kv head reads what lies at its own cells; the rows are the last of each list, in order. As many lists as kv
@@ -197,6 +210,43 @@ void attention_at(Heads q, const KV& kv, Vector<int64_t> cells, Vector<int64_t> 
         Work work(team, threads);
         isa().attention(work, q.data(), shape, spans.data(), plan.tasks.data(), static_cast<int>(plan.tasks.size()),
                         memory, kv.layers[0], out.data(), nullptr);
+    });
+}
+
+// Each query head's products with the keys of its kv head at chosen slots.
+void key_scores(Rows q, Cache keys, std::optional<Scales> scales, Vector<int64_t> slots, Matrix out, int threads) {
+    check_rows(q, "q");
+    const int heads = static_cast<int>(q.shape(0)), width = static_cast<int>(q.shape(1));
+    const int kv_heads = static_cast<int>(keys.shape(1)), count = static_cast<int>(slots.shape(0));
+    if (static_cast<int>(keys.shape(2)) != width || width % 8 || width > MOST_WIDTH) bad("keys: wrong width");
+    if (kv_heads < 1 || heads % kv_heads) bad("q: heads: not a multiple of kv_heads");
+    if (q.stride(0) != width) bad("q: rows must be contiguous");
+    if (keys.dtype() != (scales ? nb::dtype<int8_t>() : nb::dtype<float>())) {
+        bad("keys: float32, or int8 with scales, expected");
+    }
+    if (scales && (scales->shape(0) != keys.shape(0) || scales->shape(1) != keys.shape(1))) bad("scales: wrong shape");
+    if (out.shape(0) != q.shape(0) || out.shape(1) != slots.shape(0)) bad("out: wrong shape");
+    for (int i = 0; i < count; ++i) {
+        if (slots.data()[i] < 0 || slots.data()[i] >= static_cast<int64_t>(keys.shape(0))) bad("slots: out of range");
+    }
+    const KeyRows rows{keys.data(), scales ? scales->data() : nullptr, kv_heads, width, slots.data()};
+    nb::gil_scoped_release release;
+    run_team(threads, [&](Team& team) {
+        Work work(team, threads);
+        isa().key_scores(work, q.data(), rows, heads, count, out.data());
+    });
+}
+
+void few_products(nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu> x,
+                  nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu> weights, Matrix y, int threads) {
+    const int rows = static_cast<int>(x.shape(0)), n = static_cast<int>(weights.shape(0));
+    const int k = static_cast<int>(x.shape(1));
+    if (static_cast<int>(weights.shape(1)) != k || k % 8) bad("weights: wrong width");
+    if (static_cast<int>(y.shape(0)) != rows || static_cast<int>(y.shape(1)) != n) bad("y: wrong shape");
+    nb::gil_scoped_release release;
+    run_team(threads, [&](Team& team) {
+        Work work(team, threads);
+        isa().few_products(work, x.data(), rows, weights.data(), n, k, y.data());
     });
 }
 
@@ -252,8 +302,9 @@ void attention_backward(HeadsOut dq, Gradient dk, Gradient dv, Heads d_out, Head
     });
 }
 
-void top(Rows x, nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu> values,
-         nb::ndarray<int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu> ids,
+using Ids = nb::ndarray<int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+void top(Rows x, Matrix values, Ids ids,
          nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu> norms, int threads) {
     check_rows(x, "x");
     const int rows = static_cast<int>(x.shape(0)), k = static_cast<int>(values.shape(1));
@@ -267,6 +318,18 @@ void top(Rows x, nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu> 
         Work work(team, threads);
         isa().top(work, x.data(), x.stride(0), rows, static_cast<int>(x.shape(1)), k, values.data(), ids.data(),
                   norms.data());
+    });
+}
+
+void largest(Rows x, Ids ids, int threads) {
+    check_rows(x, "x");
+    const int rows = static_cast<int>(x.shape(0)), k = static_cast<int>(ids.shape(1));
+    if (static_cast<int>(ids.shape(0)) != rows || k > static_cast<int>(x.shape(1))) bad("ids: wrong shape");
+    if (k == 0) return;
+    nb::gil_scoped_release release;
+    run_team(threads, [&](Team& team) {
+        Work work(team, threads);
+        isa().largest(work, x.data(), x.stride(0), rows, static_cast<int>(x.shape(1)), k, ids.data());
     });
 }
 
@@ -322,7 +385,7 @@ NB_MODULE(_native, m) {
              "post_norm"_a, "gate_up"_a, "down"_a, "window"_a)
         .def("forward", &Layers::forward, "x"_a.noconvert(), "kv"_a, "cos"_a, "sin"_a, "slots"_a, "spans"_a,
              "blocks"_a, "block_size"_a, "bypasses"_a, "taps"_a, "qkv"_a.noconvert().none(), "attend"_a.none(),
-             "threads"_a);
+             "threads"_a, "shared"_a = nb::none());
     nb::class_<KV>(m, "KV")
         .def(nb::init<std::vector<Cache>, std::vector<Cache>, std::vector<Scales>, std::vector<Scales>>(),
              "keys"_a.noconvert(), "values"_a.noconvert(), "key_scales"_a.noconvert(),
@@ -336,12 +399,18 @@ NB_MODULE(_native, m) {
           "threads"_a, "Adds to dx.");
     m.def("silu_mul_backward", &silu_mul_backward, "dy"_a, "gate_up"_a, "out"_a.noconvert(), "threads"_a);
     m.def("attention", &attention, "q"_a, "kv"_a, "layer"_a, "spans"_a, "blocks"_a, "block_size"_a, "window"_a,
-          "out"_a.noconvert(), "lse"_a.noconvert().none(), "threads"_a);
+          "out"_a.noconvert(), "lse"_a.noconvert().none(), "threads"_a, "shared"_a = nb::none());
+    m.def("keys_read", &keys_read, "spans"_a, "blocks"_a, "block_size"_a, "window"_a, "heads"_a, "kv_heads"_a,
+          "shared"_a = nb::none(), "Keys of one head that `attention` would read, each as often as it is read.");
     m.def("attention_at", &attention_at, "q"_a, "kv"_a, "cells"_a, "ends"_a, "out"_a.noconvert(), "threads"_a);
+    m.def("key_scores", &key_scores, "q"_a, "keys"_a.noconvert(), "scales"_a.noconvert().none(), "slots"_a,
+          "out"_a.noconvert(), "threads"_a);
+    m.def("few_products", &few_products, "x"_a, "weights"_a.noconvert(), "y"_a.noconvert(), "threads"_a);
     m.def("attention_backward", &attention_backward, "dq"_a.noconvert(), "dk"_a.noconvert(), "dv"_a.noconvert(),
           "d_out"_a, "q"_a, "out"_a, "lse"_a, "kv"_a, "layer"_a, "spans"_a, "blocks"_a, "firsts"_a, "block_size"_a,
           "window"_a, "threads"_a, "Writes dq, adds to dk and dv.");
     m.def("top", &top, "x"_a, "values"_a.noconvert(), "ids"_a.noconvert(), "norms"_a.noconvert(), "threads"_a);
+    m.def("largest", &largest, "x"_a, "ids"_a.noconvert(), "threads"_a);
     m.def("read_all", &read_all, "data"_a, "threads"_a, "Reads every byte once: the memory's speed.");
     m.def("isas", &isas, "Instruction sets of this build that this machine runs, best first.");
     m.def("use_isa", &use_isa, "name"_a, "Compute with this one from now on.");

@@ -192,3 +192,38 @@ void top(Work& work, const float* x, ptrdiff_t stride, int rows, int width, int 
         norms[t] = log_sum_exp(x + t * stride, width);
     });
 }
+
+// -- which are the largest --------------------------------------------------------------------------------------
+
+// The threshold that k of a row reach is found bit by bit: 32 times counting is less than sorting, and no branch
+// depends on the numbers.
+void largest_of_row(const float* x, int width, int k, int64_t* ids) {
+    thread_local std::vector<int32_t> keys;  // as `ordered`, but with a sign: vectors compare those
+    const int padded = (width + WIDE - 1) / WIDE * WIDE;
+    keys.assign(padded, INT32_MIN);
+    for (int i = 0; i < width; ++i) keys[i] = static_cast<int32_t>(ordered(x[i] + 0.0f) ^ 0x80000000u);  // -0 is 0
+    const auto reaching = [&](int32_t least) {
+        i32xw count{};
+        for (int i = 0; i < padded; i += WIDE) count -= load_wide(keys.data() + i) >= least;
+        return sum(count);
+    };
+    uint32_t threshold = 0;
+    for (int bit = 31; bit >= 0; --bit) {
+        const uint32_t higher = threshold | 1u << bit;
+        const int count = reaching(static_cast<int32_t>(higher ^ 0x80000000u));
+        if (count >= k) threshold = higher;
+        if (count == k) break;
+    }
+    const int32_t least = static_cast<int32_t>(threshold ^ 0x80000000u);
+    int above = 0;
+    for (int i = 0; i < width; ++i) above += keys[i] > least;
+    int equal = std::max(0, k - above), found = 0;
+    for (int i = 0; found < k; ++i) {
+        if (keys[i] < least || (keys[i] == least && equal-- <= 0)) continue;
+        ids[found++] = i;
+    }
+}
+
+void largest(Work& work, const float* x, ptrdiff_t stride, int rows, int width, int k, int64_t* ids) {
+    work.each(rows, [&](int t) { largest_of_row(x + t * stride, width, k, ids + static_cast<size_t>(t) * k); });
+}

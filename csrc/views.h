@@ -188,6 +188,36 @@ inline std::vector<Span> spans_of(const nb::ndarray<const int32_t, nb::ndim<2>, 
     return spans;
 }
 
+using Table = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+// Rows (first key, end, number of spans that share them), and these spans, one row's after another.
+using SharedArgs = std::optional<std::tuple<Table, Vector<int32_t>>>;
+
+inline std::vector<SharedKeys> shared_of(const SharedArgs& args, const std::vector<Span>& spans) {
+    std::vector<SharedKeys> shared;
+    if (!args) return shared;
+    const auto& [table, members] = *args;
+    if (table.shape(1) != 3) bad("shared: [R, 3] expected");
+    std::vector<int> known(spans.size());  // how far a span's keys are shared
+    size_t at = 0;
+    for (size_t i = 0; i < table.shape(0); ++i) {
+        const int32_t* r = table.data() + 3 * i;
+        if (r[0] < 0 || r[1] <= r[0] || r[2] < 1 || at + r[2] > members.shape(0)) bad("shared: a row is out of range");
+        SharedKeys keys{r[0], r[1], {}};
+        for (const size_t end = at + r[2]; at < end; ++at) {
+            const int32_t m = members.data()[at];
+            if (m < 0 || static_cast<size_t>(m) >= spans.size()) bad("shared: no such span");
+            const Span& span = spans[m];
+            if (known[m] != r[0] || r[1] > span.kv_len - std::max(span.length, span.tail_length)) {
+                bad("shared: keys of a span that its rows do not all read, or a gap before them");
+            }
+            known[m] = r[1];
+            keys.spans.push_back(m);
+        }
+        shared.push_back(std::move(keys));
+    }
+    return shared;
+}
+
 inline void check_slots(const Vector<int64_t>& slots, size_t rows, size_t num_slots) {
     if (slots.shape(0) != rows) bad("slots: one per row expected");
     for (size_t i = 0; i < rows; ++i) {
@@ -197,7 +227,6 @@ inline void check_slots(const Vector<int64_t>& slots, size_t rows, size_t num_sl
     }
 }
 
-using Table = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Units = nb::ndarray<const int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using BypassArgs = std::tuple<int, int, std::vector<const LowRankRef*>>;  // first row, end, by layer and site
 using TapArgs = std::tuple<int, int, Units>;                              // place, first row, units of each row
@@ -243,7 +272,8 @@ class Layers {
     // returns what attention gives, [T, q_width].
     void forward(Out x, const KV& kv, Rows cos, Rows sin, Vector<int64_t> slots, Table table, Vector<int32_t> blocks,
                  int block_size, const std::vector<BypassArgs>& bypasses, const std::vector<TapArgs>& taps,
-                 std::optional<Out> qkv, std::optional<nb::callable> attend, int threads) const {
+                 std::optional<Out> qkv, std::optional<nb::callable> attend, int threads,
+                 const SharedArgs& shared) const {
         const int rows = static_cast<int>(x.shape(0));
         const int half = shape_.head_dim / 2;
         if (kv.layers.size() != layers_.size() || kv.heads != shape_.kv_heads || kv.head_dim != shape_.head_dim) {
@@ -261,7 +291,8 @@ class Layers {
         check_rows(sin, "sin");
         check_slots(slots, rows, kv.num_slots);
         auto spans = spans_of(table, blocks, rows, block_size, kv.num_slots);
-        LayerRows batch{x.data(), rows, cos.data(), sin.data(), slots.data(), block_size, std::move(spans), {}, {}};
+        LayerRows batch{x.data(), rows, cos.data(), sin.data(), slots.data(), block_size, std::move(spans), {}, {}, {}};
+        batch.shared = shared_of(shared, batch.spans);
         if (attend) {
             if (!qkv || static_cast<int>(qkv->shape(0)) != rows ||
                 static_cast<int>(qkv->shape(1)) != shape_.qkv_width() || qkv->stride(0) != shape_.qkv_width()) {
@@ -314,10 +345,10 @@ class Layers {
     }
 
     Tap tap_of(const KV& kv, int rows, int place, int first, const Units& units) const {
-        const int widths[] = {shape_.width, shape_.q_width(), shape_.width, 2 * shape_.ff};
+        const int widths[] = {shape_.width, shape_.q_width(), shape_.width, 2 * shape_.ff, shape_.q_width(), shape_.heads};
         const int unit = shape_.kv_heads * shape_.head_dim;
         if (!kv.one_piece) bad("taps: a float32 cache, keys and values in one piece, expected");
-        if (place < 0 || place > 3) bad("taps: place: not one of 0 to 3");
+        if (place < 0 || place >= static_cast<int>(Place::PLACES)) bad("taps: place: not one of 0 to 5");
         if (first < 0 || units.shape(0) > static_cast<size_t>(rows - std::min(first, rows))) {
             bad("taps: rows outside of the batch");
         }

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokenloom.cache.cached_tokens import CachedTokens
 from tokenloom.cache.policy import KVPolicy
-from tokenloom.kernels import Kernels, KVSpan, Linear, LowRank
+from tokenloom.kernels import Kernels, KVSpan, Linear, LowRank, SharedPrefix
 
 Keep = Callable[[int, str, int], Tensor | None]
 """(layer, site, width) -> what dropout multiplies a site's input by, `[rows, width]`; None: nothing."""
@@ -53,7 +53,9 @@ class Tap(Protocol):
     """Reads activations of some rows as they are computed.
 
     Sites of layer i: `input` (what enters it; that of layer L is what the last one puts out, before the
-    final norm), `query` (after RoPE), `residual` (after attention), `gate_up` (both, before SiLU).
+    final norm), `query` (after RoPE), `attended` (what attention gives, before its projection), `log_sums`
+    (of its exponentiated scores, by query head; beside `attended`), `residual` (after attention),
+    `gate_up` (both, before SiLU).
     """
 
     rows: slice
@@ -78,8 +80,7 @@ class PolicyRows:
 
     @property
     def rows(self) -> slice:
-        span = self.segment.span
-        return slice(span.start, span.start + span.length)
+        return self.segment.span.rows
 
 
 @dataclass(slots=True)
@@ -115,7 +116,9 @@ class Batch:
         bypasses: which rows go through which adapter; rows of the base model alone are in none.
         taps: who reads activations.
         policies: segments that a KV policy attends to.
-        spans: those of all segments; plain_spans: of those that no policy attends to.
+        shared: what spans that no policy attends to have in common; empty: every row reads its own.
+        spans: those of all segments; plain_spans: of those that no policy attends to and whose attention no
+            tap reads; tapped_spans: of those whose attention a tap reads.
     """
 
     tokens: Tensor
@@ -126,15 +129,18 @@ class Batch:
     bypasses: list[BypassRows] = field(default_factory=list)
     taps: list[Tap] = field(default_factory=list)
     policies: list[PolicyRows] = field(default_factory=list)
+    shared: list[SharedPrefix] = field(default_factory=list)
     spans: list[KVSpan] = field(init=False)
     plain_spans: list[KVSpan] = field(init=False)
+    tapped_spans: list[KVSpan] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.spans = [span for segment in self.segments for span in segment.spans]
-        others = {id(part.segment) for part in self.policies}
-        self.plain_spans = self.spans
+        self.spans = self.plain_spans = [span for segment in self.segments for span in segment.spans]
+        tapped = [tap.rows for tap in self.taps if "log_sums" in tap.sites]
+        self.tapped_spans = [s for s in self.spans if any(t.start <= s.start < t.stop for t in tapped)]
+        others = {id(part.segment.span) for part in self.policies} | set(map(id, self.tapped_spans))
         if others:
-            self.plain_spans = [span for s in self.segments if id(s) not in others for span in s.spans]
+            self.plain_spans = [span for span in self.spans if id(span) not in others]
 
     @property
     def num_rows(self) -> int:

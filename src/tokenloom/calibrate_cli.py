@@ -73,6 +73,69 @@ def token_sparse(
     out.print(str(path), highlight=False, soft_wrap=True)
 
 
+@calibrate_app.command()
+def palu(
+    model: Model = DEFAULT_MODEL,
+    text: Text = None,
+    passages: Passages = 4,
+    tokens: Annotated[int, typer.Option(min=16, help="Tokens of a passage.")] = 2048,
+    groups: Annotated[
+        list[int] | None,
+        typer.Option(help="Groups of kv heads that are compressed together; may be repeated. By default 1."),
+    ] = None,
+    threads: Threads = None,
+) -> None:
+    """Find the directions in which `palu` stores keys and values."""
+    from tokenloom.methods.kv.palu_calibration import calibrate
+
+    engine = _engine(model, tokens, threads)
+    with err.status("measuring") as status:
+        path, moments = calibrate(
+            engine,
+            text,
+            num_passages=passages,
+            tokens=tokens,
+            groups=groups or [1],
+            progress=lambda done: status.update(f"measuring: {done} of {passages} passages"),
+        )
+    for ratio in (0.25, 0.5, 0.7):
+        keys, values = moments.kept(ratio).mean(1).tolist()
+        out.print(
+            f"{ratio:4.0%} of the rank holds {keys:.1%} of keys' squares and {values:.1%} of values'",
+            highlight=False,
+        )
+    out.print(str(path), highlight=False, soft_wrap=True)
+
+
+@calibrate_app.command()
+def kvsharer(
+    model: Model = DEFAULT_MODEL,
+    text: Text = None,
+    layers: Annotated[int, typer.Option(min=1, help="Layers to share at most.")] = 4,
+    passages: Passages = 30,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a passage.")] = 64,
+    cosine: Annotated[float, typer.Option(help="How similar final hidden states must stay.")] = 0.5,
+    threads: Threads = None,
+) -> None:
+    """Find the layers that can read the keys and values of others under `kvsharer`."""
+    from tokenloom.methods.kv.kvsharer_calibration import calibrate
+
+    engine = _engine(model, tokens, threads)
+    with err.status("measuring") as status:
+        found = calibrate(
+            engine,
+            text,
+            layers=layers,
+            num_passages=passages,
+            tokens=tokens,
+            cosine=cosine,
+            progress=lambda done: status.update(f"measuring: {done} of {layers} layers"),
+        )
+    for (layer, root), similar in zip(found.pairs, found.cosines, strict=True):
+        out.print(f"layer {layer:3} reads layer {root:3}  cosine {similar:.3f}", highlight=False)
+    out.print(f"{found.tried} pairs tried\n{found.path}", highlight=False, soft_wrap=True)
+
+
 def _engine(model: str, tokens: int, threads: int | None) -> Engine:
     from tokenloom.config import load_settings
     from tokenloom.engine.engine import Engine

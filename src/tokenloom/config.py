@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import platformdirs
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from tokenloom.errors import TokenloomError
@@ -68,6 +76,25 @@ class CacheSettings(_Branch):
         "nothing can train then.",
     )
     prefix_caching: bool = True
+    shared_prefix_attention: bool = Field(
+        False,
+        description="Read cached blocks that several decodes share once for all of them. An answer's last "
+        "bits then depend on who else is in the batch.",
+    )
+    tier: Literal["none", "host", "disk"] = Field(
+        "none", description="Where cached blocks go that the pool gives away: nowhere, memory, a file."
+    )
+    tier_bytes: int = Field(2**30, ge=1, description="Most bytes of the tier.")
+    tier_path: str = Field(
+        "", description="disk: the folder of the file, which has no name; empty: `tier` in the home folder."
+    )
+
+    @field_validator("tier")
+    @classmethod
+    def _tier_holds_prefixes(cls, tier: str, info: ValidationInfo) -> str:
+        if tier != "none" and info.data.get("prefix_caching") is False:
+            raise ValueError("a tier keeps blocks of the prefix cache, and cache.prefix_caching is off")
+        return tier
 
 
 class SchedulerSettings(_Branch):
@@ -76,14 +103,26 @@ class SchedulerSettings(_Branch):
     max_batch_tokens: int = Field(
         512, ge=1, description="Rows of one iteration: decodes plus prefill chunks."
     )
-    max_running: int = Field(64, ge=1, description="Sequences that hold KV at the same time.")
+    max_running: int = Field(
+        64,
+        ge=1,
+        description="Sequences that hold KV at the same time; with mlfq, that get rows of one iteration.",
+    )
     max_waiting: int = Field(1024, ge=1, description="Requests in the queue; one more is refused (429).")
-    policy: Literal["fcfs", "priority", "lpm"] = Field(
+    policy: Literal["fcfs", "priority", "lpm", "mlfq"] = Field(
         "fcfs",
         description="Who is admitted next: the first; the one of the lowest `priority`; or (lpm) the one "
-        "with most of its prompt in the prefix cache.",
+        "with most of its prompt in the prefix cache. mlfq: whoever has had least gets rows first, running "
+        "or not.",
     )
     lpm_wait_s: float = Field(2.0, ge=0, description="With lpm: who waited longer than this goes first.")
+    mlfq_quantum: int = Field(
+        64, ge=1, le=2**20, description="With mlfq: rows that a request may have in the first level."
+    )
+    mlfq_levels: int = Field(6, ge=1, le=16, description="With mlfq: levels, each of twice the quantum.")
+    mlfq_starvation_s: float = Field(
+        5.0, gt=0, description="With mlfq: who got no row for so long goes up to the first level."
+    )
 
 
 class SloSettings(_Branch):

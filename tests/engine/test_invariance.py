@@ -152,6 +152,24 @@ def test_preempted_equals_undisturbed(files: ModelFiles, mix: Any, rows: int) ->
     check_mix(files, mix, 1e-9, cache__kv_bytes=tight_pool(files, 100), scheduler__max_batch_tokens=rows)
 
 
+@settings(relaxed, max_examples=12)
+@given(mixes(), st.integers(3, 64), st.sampled_from(["none", "host"]), st.sampled_from([3, 64]))
+def test_levels_and_swaps_equal_undisturbed(
+    files: ModelFiles, mix: Any, rows: int, tier: str, running: int
+) -> None:
+    check_mix(
+        files,
+        mix,
+        1e-9,
+        cache__kv_bytes=tight_pool(files, 100),
+        cache__tier=tier,
+        scheduler__policy="mlfq",
+        scheduler__mlfq_quantum=4,
+        scheduler__max_batch_tokens=rows,
+        scheduler__max_running=running,
+    )
+
+
 def test_a_tight_pool_does_preempt(files: ModelFiles) -> None:
     target = engine(files, cache__kv_bytes=tight_pool(files, 96))
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)

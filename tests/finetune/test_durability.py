@@ -19,13 +19,17 @@ from tokenloom.finetune.errors import NotFoundError
 from tokenloom.finetune.store import Store
 
 KILLS = 20
+ACTS = {"file", "deleted", "job", "step", "checkpoint", "done"}
 
 
 def test_kill_9_at_random_instants(tmp_path: Path) -> None:
     home, notes = tmp_path / "home", tmp_path / "notes"
     source = random.Random(time.time_ns())
     processes = forks.context()
-    for seed in range(KILLS):
+    for seed in range(5 * KILLS):
+        # On a busy machine a worker gets less far: more of them then, until every act was seen.
+        if seed >= KILLS and _acts(notes) >= ACTS:
+            break
         before = notes.stat().st_size if notes.exists() else 0
         process = processes.Process(target=crash_worker.work, args=(str(home), str(notes), seed))
         process.start()
@@ -43,8 +47,11 @@ def test_kill_9_at_random_instants(tmp_path: Path) -> None:
             check(store, home, notes)
         finally:
             store.close()
-    acts = {json.loads(line)["act"] for line in notes.read_text().splitlines()}
-    assert acts >= {"file", "deleted", "job", "step", "checkpoint", "done"}
+    assert _acts(notes) >= ACTS
+
+
+def _acts(notes: Path) -> set[str]:
+    return {json.loads(line)["act"] for line in notes.read_text().splitlines()}
 
 
 def check(store: Store, home: Path, notes: Path) -> None:

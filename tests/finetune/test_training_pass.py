@@ -190,10 +190,11 @@ def test_the_comparison_catches_a_lost_label_and_a_wrong_count(rig: Rig) -> None
 
 @pytest.mark.parametrize(
     ("retain", "numbers"),
-    [("lean", 2 * 64 + 64), ("fast", 2 * 64 + 64 + 2 * 96), ("ckpt", 64)],
+    [("lean", 2 * 64 + 64), ("fast", 64 + 2 * 64 + 32 + 2 * 96), ("ckpt", 64)],
 )
 def test_kept_bytes_follow_the_formula(rig: Rig, retain: Any, numbers: int) -> None:
-    """Per token and layer: {x, h, q} (lean), and {g, u} besides (fast), or {x} (ckpt), plus K and V."""
+    """Per token and layer: {x, h, q} (lean), {x, q, attention, its sums, g, u} (fast), or {x} (ckpt), plus K
+    and V. The sums, one for each query head, take a unit of Hk * D numbers."""
     rows, size = 400, 4
     kv = 2 * 2 * 16
     blocks = -(-rows // size) + blocks_needed(rig.files.config, rows, retain, size)

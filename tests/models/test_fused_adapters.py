@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ pytestmark = [
 ]
 
 LORAS = [name for name in CONFIGS if name.startswith("lora")]
-SITES = ("input", "query", "residual", "gate_up")
+SITES = ("input", "query", "residual", "gate_up", "attended", "log_sums")
 # (tokens, how many came before, blocks): the second and fourth go through no adapter.
 PARTS = [
     (IDS[:21], 0, [9, 1, 30, 4, 50, 7]),
@@ -151,7 +151,8 @@ def places(model: Runner, rows: int, seed: int = 0) -> dict[str, Tensor]:
     """Units of blocks that no sequence has, in no order."""
     config = model.decoder.config
     unit = config.num_kv_heads * config.head_dim
-    widths = (64, config.num_heads * config.head_dim, 64, 2 * config.intermediate_size)
+    attended = config.num_heads * config.head_dim
+    widths = (64, attended, 64, 2 * config.intermediate_size, attended, config.num_heads)
     free = torch.randperm(2 * 1000 * BLOCK, generator=torch.Generator().manual_seed(seed)).tolist()
     slots = 1064 * BLOCK  # of the cache
     free = [u + 64 * BLOCK if u < 1000 * BLOCK else u - 1000 * BLOCK + slots + 64 * BLOCK for u in free]
@@ -177,12 +178,12 @@ def test_taps_keep_what_the_operators_show(tmp_path: Path, family: str, sites: t
     adapter = adapter_of(model, LoraConfig(r=5))
     shown = Recorder(rows, frozenset(sites))
     batch = sent(batch_of(PARTS), [adapter, None, adapter, None, None])
-    batch.taps = [Recorder(rows, frozenset(sites), where=where)]
+    batch = replace(batch, taps=[Recorder(rows, frozenset(sites), where=where)])
     assert runs_fused(model, batch, kv)
     model.forward(batch, kv)
     assert batch.taps[0].kept.keys() == {(2, "input")}
     last = batch.taps[0].kept[2, "input"]
-    batch.taps = [shown]
+    batch = replace(batch, taps=[shown])
     model.op_by_op().forward(batch, large_cache(model))
     assert_same(last, shown.kept.pop((2, "input")))
     assert shown.kept.keys() == {(layer, site) for layer in range(2) for site in sites}
@@ -195,11 +196,15 @@ def test_taps_change_nothing(tmp_path: Path) -> None:
     model = build_runner(tmp_path)
     expected, kv = model.forward(batch_of(PARTS), model.cache()), large_cache(model)
     batch = batch_of(PARTS)
-    batch.taps = [
+    taps = [
         Recorder(slice(0, 21), frozenset(SITES), where=places(model, 21)),
         Recorder(slice(22, 31), frozenset(), where={}),
     ]
-    assert torch.equal(model.forward(batch, kv), expected)
+    assert torch.equal(model.forward(replace(batch, taps=taps), kv), expected)
+    shown = [Recorder(slice(0, 21), frozenset(SITES)), Recorder(slice(22, 31), frozenset())]
+    by_operators = model.op_by_op()
+    expected = by_operators.forward(batch, model.cache())
+    assert torch.equal(by_operators.forward(replace(batch, taps=shown), model.cache()), expected)
 
 
 def test_a_tap_that_must_see_all_runs_by_operators(tmp_path: Path) -> None:
@@ -255,7 +260,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "too few sites": ({"bypasses": [(0, 3, [None] * 7)]}, "bypasses: one for each"),
     "a's width": ({"bypasses": [(0, 3, [partial(lora_of, 32)] + [None] * 7)]}, "a: wrong width"),
     "b's columns": ({"bypasses": [(0, 3, [partial(lora_of, 64, 64, 128)] + [None] * 7)]}, "b: wrong shape"),
-    "place": ({"taps": [(4, 0, torch.zeros(1, 2, dtype=torch.int64))]}, "taps: place"),
+    "place": ({"taps": [(6, 0, torch.zeros(1, 2, dtype=torch.int64))]}, "taps: place"),
     "tapped rows": ({"taps": [(0, 20, torch.zeros(2, 2, dtype=torch.int64))]}, "taps: rows outside"),
     "tapped from": ({"taps": [(0, -1, torch.zeros(1, 2, dtype=torch.int64))]}, "taps: rows outside"),
     "units of a row": ({"taps": [(0, 0, torch.zeros(1, 3, dtype=torch.int64))]}, "taps: units: wrong shape"),

@@ -128,6 +128,7 @@ def test_metrics_follow_the_engine(serve):
     counters.running, counters.waiting, counters.preemptions = 4, 2, 1
     counters.prefix_queries_tokens, counters.prefix_hits_tokens = 100, 64
     counters.prompt_tokens, counters.generation_tokens = 120, 30
+    counters.tier_bytes, counters.tier_demotions, counters.tier_hits_tokens = 4096, 7, 48
     model = ("model_name", "fake")
     scraped = samples(server)
     for name, value in {
@@ -137,6 +138,9 @@ def test_metrics_follow_the_engine(serve):
         "prefix_cache_queries_total": 100,
         "prefix_cache_hits_total": 64,
         "num_preemptions_total": 1,
+        "kv_tier_bytes": 4096,
+        "kv_tier_demotions_total": 7,
+        "kv_tier_hits_total": 48,
         "prompt_tokens_total": 120,
         "generation_tokens_total": 30,
         "iteration_tokens_count": 5,

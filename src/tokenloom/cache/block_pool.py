@@ -7,6 +7,10 @@ indexed by a digest and may be reused), or free. Cached blocks are given away la
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tokenloom.cache.tier import Tier
 
 
 class OutOfBlocks(Exception):
@@ -30,6 +34,8 @@ class BlockPool:
         self._digest_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
         self._cursor = 0
+        self.tier: Tier | None = None
+        """Where cached blocks go that are given away, and come back from."""
 
     @property
     def num_available(self) -> int:
@@ -59,7 +65,10 @@ class BlockPool:
             if not self._cached:
                 raise OutOfBlocks
             block, _ = self._cached.popitem(last=False)
-            del self._block_of[self._digest_of.pop(block)]
+            digest = self._digest_of.pop(block)
+            del self._block_of[digest]
+            if self.tier is not None:
+                self.tier.demote(block, digest)
         else:
             if after is None:
                 wanted, self._cursor = self._cursor, (self._cursor + max(1, room)) % self.num_blocks
@@ -92,7 +101,11 @@ class BlockPool:
                 self._free.add(block)
 
     def holds(self, digest: bytes) -> bool:
-        """Whether a block with that content is indexed."""
+        """Whether a block with that content is indexed, here or in the tier."""
+        return digest in self._block_of or (self.tier is not None and self.tier.holds(digest))
+
+    def is_resident(self, digest: bytes) -> bool:
+        """Whether a block with that content is indexed here, not in the tier alone."""
         return digest in self._block_of
 
     def lookup(self, digest: bytes) -> int | None:
@@ -103,6 +116,20 @@ class BlockPool:
         if self._refs[block] == 0:
             del self._cached[block]
         self._refs[block] += 1
+        return block
+
+    def restore(self, digest: bytes, after: int | None = None, room: int = 1) -> int | None:
+        """A block with that content from the tier, indexed again; `after` and `room` as in `allocate`.
+
+        None: the tier does not have it, or no block is free.
+        """
+        if self.tier is None or not self.num_available or not self.tier.touch(digest):
+            return None
+        block = self.allocate(after, room)
+        if not self.tier.load(digest, block):
+            self.release(block)
+            return None
+        self.publish(block, digest)
         return block
 
     def publish(self, block: int, digest: bytes) -> None:
@@ -121,7 +148,9 @@ class BlockPool:
         return block in self._digest_of
 
     def forget_prefixes(self) -> None:
-        """Drop the whole prefix index; blocks in use stay with their owners."""
+        """Drop the whole prefix index, the tier's too; blocks in use stay with their owners."""
+        if self.tier is not None:
+            self.tier.clear()
         self._free.update(self._cached)
         self._cached.clear()
         self._digest_of.clear()
@@ -134,4 +163,6 @@ class BlockPool:
         assert not (used & self._free or used & cached or cached & self._free), "a block is in two states"
         assert len(used) + len(cached) + len(self._free) == self.num_blocks, "a block is in no state"
         assert cached <= set(self._digest_of), "a cached block has no digest"
+        if self.tier is not None:
+            self.tier.check()
         assert {d: b for b, d in self._digest_of.items()} == self._block_of, "the prefix index is torn"

@@ -44,6 +44,11 @@ class BlockTable:
         del self.blocks[num_blocks:]
         self.contiguous = self.contiguous or self._consecutive()
 
+    def forget_first(self, num_blocks: int) -> None:
+        """Hold the first `num_blocks` no more; their references have been given back by the caller."""
+        del self.blocks[:num_blocks]
+        self.contiguous = all(b + 1 == c for b, c in zip(self.blocks, self.blocks[1:], strict=False))
+
     def fork(self) -> BlockTable:
         """A second table over the same blocks; whoever writes first copies (`make_writable`)."""
         other = BlockTable(self.pool)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,9 +12,13 @@ from torch import Tensor
 from tokenloom.cache.block_pool import OutOfBlocks
 from tokenloom.cache.block_table import BlockTable
 from tokenloom.cache.kv_cache import KVCache
+from tokenloom.cache.packed_tokens import Codec, PackedTokens
 
 if TYPE_CHECKING:
     from tokenloom.kernels import Kernels
+
+CosSin = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Positions, int64 `[T]`, to the cosines and sines that turn keys there (RoPE), two float32 `[T, D / 2]`."""
 
 
 @dataclass(slots=True)
@@ -31,19 +35,24 @@ class CachedTokens:
 
     After `keep`, index i of a layer and head holds the token that this head kept there.
     Keys were rotated at their own positions, so attention need not know which. After `keep_ragged` the tokens
-    kept lie in `ragged`, and those that follow are counted from 0 again.
+    kept lie in `ragged`, after `pack` the oldest ones in `packed`, and those that follow are counted from 0
+    again.
     """
 
-    def __init__(self, kv: KVCache, table: BlockTable, kernels: Kernels) -> None:
+    def __init__(
+        self, kv: KVCache, table: BlockTable, kernels: Kernels, cos_sin: CosSin | None = None
+    ) -> None:
         self.kv = kv
         self.table = table
         self.kernels = kernels
+        self.cos_sin = cos_sin
         self.length = 0
         self.dropped = 0
         """Positions less indices: how many tokens are not in the table any more."""
         self.start = 0
         """Position of the running iteration's first row."""
         self.ragged: Ragged | None = None
+        self.packed: PackedTokens | None = None
         self.tokens_read = 0
         """Keys that attention has read where a policy chose, one for each token, layer and head."""
         self._slots: tuple[list[int], Tensor] = ([], torch.empty(0, dtype=torch.int64))
@@ -60,6 +69,12 @@ class CachedTokens:
     def computed(self) -> int:
         """Position behind the running iteration's last row."""
         return self.dropped + self.length
+
+    @property
+    def blocks_apart(self) -> list[int]:
+        """Blocks of tokens outside the table: where there are some, only `attend` reads everything."""
+        ragged = self.ragged.blocks if self.ragged is not None else []
+        return ragged + (self.packed.blocks if self.packed is not None else [])
 
     # -- reading ------------------------------------------------------------------------------------------
 
@@ -93,12 +108,13 @@ class CachedTokens:
 
     def cells(self, layer: int, index: Tensor | None = None) -> Tensor:
         """Cells `[heads, n]` of tokens at `index`, `[n]`, or by head `[Hk, n]` or `[Hq, n]`; None: all."""
-        slots = self.slots()
-        if index is None or index.dim() == 1:
-            return self.kv.cells(layer, slots if index is None else slots[index])
-        heads, kv_heads = len(index), self.num_kv_heads
-        first = self.kv.cells(layer, slots.new_zeros(1)).repeat_interleave(heads // kv_heads, 0)
-        return torch.add(first, slots[index], alpha=kv_heads)
+        slots = self.slots() if index is None else self.slots().take(index)
+        return self.kv.cells(layer, slots)
+
+    def scores(self, layer: int, q: Tensor, begin: int, end: int) -> Tensor:
+        """q . k of queries q `[Hq, D]` and the keys of tokens `begin .. end`, `[Hq, end - begin]`."""
+        scales = self._scales(self.kv.key_scales, layer)
+        return self.kernels.key_scores(q, self.kv.keys[layer], self.slots()[begin:end], scales)
 
     def attend(self, layer: int, q: Tensor, index: Tensor | None = None) -> Tensor:
         """Attention of rows q `[n, Hq, D]` over the tokens at `index` alone, `[n, Hq, D]`.
@@ -107,6 +123,10 @@ class CachedTokens:
             index: ascending, `[m]` for all heads, or `[Hk, m]`, or `[Hq, m]`; it ends with the rows' own
                 tokens `length - n .. length`, which are read causally. None: everything.
         """
+        if self.packed is not None:
+            if index is not None or self.ragged is not None:
+                raise RuntimeError("packed tokens are all read, by all heads alike")
+            return self._attend_packed(self.packed, layer, q)
         own = self.cells(layer, index)
         if self.ragged is None:
             self.tokens_read += own.numel()
@@ -114,6 +134,21 @@ class CachedTokens:
         cells = [torch.cat(pair) for pair in zip(self.ragged.cells[layer], own, strict=True)]
         self.tokens_read += sum(map(len, cells))
         return self.kernels.attention_at(q, self.kv, cells)
+
+    def _attend_packed(self, packed: PackedTokens, layer: int, q: Tensor) -> Tensor:
+        """Attention of rows q over packed tokens and those of the table, side by side in scratch memory."""
+        n, total = packed.length, packed.length + self.length
+        scratch, basis = self.kv.scratch(total), packed.codec.basis
+        keys, values = scratch.keys[0][:total], scratch.values[0][:total]
+        packed.decode(layer, keys[:n], values[:n])
+        keys[n:], values[n:] = self.keys(layer), self.values(layer)
+        if basis is not None:
+            # (q B)(k B)' = q k': packed tokens need not be turned back one by one.
+            basis = basis.to(q)
+            keys[n:], values[n:], q = keys[n:] @ basis, values[n:] @ basis, q @ basis
+        self.tokens_read += self.num_kv_heads * total
+        out = self.kernels.attention_at(q, scratch, scratch.cells(0, torch.arange(total, device=q.device)))
+        return out if basis is None else out @ basis.t()
 
     # -- keeping ------------------------------------------------------------------------------------------
 
@@ -196,6 +231,29 @@ class CachedTokens:
         self.length = 0
         self.table.clear()
 
+    def pack(self, tokens: int, codec: Codec) -> None:
+        """Let a codec hold the first `tokens` tokens of the table, behind those that it holds already.
+
+        Args:
+            tokens: a multiple of the block size and of `codec.group`.
+
+        Raises:
+            OutOfBlocks: there are not enough blocks; nothing has changed.
+        """
+        size = self.table.pool.block_size
+        if tokens % size or tokens % codec.group or tokens > self.length:
+            raise ValueError(f"{tokens} of {self.length} tokens cannot be packed")
+        packed = self.packed or PackedTokens(self.kv, self.table.pool, codec)
+        encoded = [
+            codec.encode(layer, packed.length, self.keys(layer)[:tokens], self.values(layer)[:tokens])
+            for layer in codec.layers
+        ]
+        packed.append(encoded, tokens, released=self.table.blocks[: tokens // size])
+        self.packed = packed
+        self.table.forget_first(tokens // size)
+        self.dropped += tokens
+        self.length -= tokens
+
     def overwrite(self, index: Tensor) -> None:
         """Let the last token take the place of another, which is dropped: index `[L, Hk]`, by layer and head.
 
@@ -223,18 +281,22 @@ class CachedTokens:
         if self.ragged is not None:
             for block in self.ragged.blocks:
                 self.table.pool.release(block)
-        self.ragged = None
+        if self.packed is not None:
+            self.packed.clear()
+        self.ragged = self.packed = None
         self.table.clear()
         self.length = self.dropped = 0
 
     def fork(self, table: BlockTable) -> CachedTokens:
         """The same tokens for a sibling, whose table shares this one's blocks."""
-        other = CachedTokens(self.kv, table, self.kernels)
+        other = CachedTokens(self.kv, table, self.kernels, self.cos_sin)
         other.length, other.dropped = self.length, self.dropped
         if self.ragged is not None:
             for block in self.ragged.blocks:
                 table.pool.share(block)
             other.ragged = Ragged(list(self.ragged.blocks), self.ragged.cells)
+        if self.packed is not None:
+            other.packed = self.packed.fork()
         return other
 
 

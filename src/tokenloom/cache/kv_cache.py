@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ class KVCache:
         self._scales = torch.empty(shape[:4] if self.quantized else 0, device=device)
         self.key_scales: list[Tensor] = [layer[0] for layer in self._scales]
         self.value_scales: list[Tensor] = [layer[1] for layer in self._scales]
+        self._scratch: KVCache | None = None
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store k, v `[T, Hk, D]` at slots `[T]`."""
@@ -71,17 +73,46 @@ class KVCache:
         if self.quantized:
             self._scales[:, :, targets] = self._scales[:, :, sources]
 
+    # -- blocks as bytes: what leaves the pool, and comes back as it was -------------------------------------
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block in all layers."""
+        return self.num_bytes // self.num_blocks
+
+    def save_block(self, block: int, out: Tensor) -> None:
+        """Copy a block of all layers to out, uint8 `[block_bytes]` on the host."""
+        for part, place in self._parts(block, out):
+            place.copy_(part)
+
+    def load_block(self, block: int, data: Tensor) -> None:
+        """Let a block be what `save_block` made data `[block_bytes]` of."""
+        for part, place in self._parts(block, data):
+            part.copy_(place)
+
+    def _parts(self, block: int, data: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """What a block is made of, and where each part lies in `data`, as its type and shape."""
+        slots, begin = slice(block * self.block_size, (block + 1) * self.block_size), 0
+        for whole in (self._data, self._scales):
+            if whole.numel():
+                part = whole[:, :, slots]
+                end = begin + part.numel() * part.element_size()
+                yield part, data[begin:end].view(part.dtype).view(part.shape)
+                begin = end
+
     # -- cells: one token's keys or values of one head, wherever they lie ------------------------------------
 
     def cells(self, layer: int, slots: Tensor) -> Tensor:
-        """The cells that hold the keys of slots `[n]` in one layer, int64 `[Hk, n]`.
+        """The cells that hold the keys of slots in one layer, int64: `[Hk, n]` for slots `[n]`, or like slots
+        that differ by kv head, `[Hk, n]`, or by query head, `[Hq, n]`.
 
         A cell is a row of the whole cache seen as `[L * 2 * num_slots * Hk, D]`. Its values lie
         `num_slots * Hk` cells further on.
         """
         heads = self.keys[0].shape[1]
-        first = torch.arange(heads, device=slots.device)[:, None] + 2 * layer * self.num_slots * heads
-        return torch.add(first, slots, alpha=heads)
+        rows = len(slots) if slots.dim() == 2 else heads
+        first = torch.arange(rows, device=slots.device).div_(rows // heads, rounding_mode="floor")
+        return torch.add(first[:, None] + 2 * layer * self.num_slots * heads, slots, alpha=heads)
 
     def read_cells(self, cells: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values at cells `[...]`, each `[..., D]`."""
@@ -110,6 +141,37 @@ class KVCache:
     @property
     def _behind(self) -> int:
         return self.num_slots * self._data.shape[3]
+
+    # -- pages: a block's keys, or values, of one layer, as bytes --------------------------------------------
+
+    @property
+    def pages(self) -> Tensor:
+        """The same memory as pages, uint8 `[L * 2 * num_blocks, page_bytes]`: all blocks' keys of the first
+        layer, their values, those of the second layer, and so on."""
+        return self._data.view(2 * len(self.keys) * self.num_blocks, -1).view(torch.uint8)
+
+    @property
+    def page_bytes(self) -> int:
+        return self.block_size * self.rows[0].shape[1] * self._data.element_size()
+
+    @property
+    def pages_per_block(self) -> int:
+        return 2 * len(self.keys)
+
+    def scratch(self, tokens: int) -> KVCache:
+        """One layer's room for at least `tokens` tokens beside the cache, where anyone may write anything."""
+        if self._scratch is None or self._scratch.num_slots < tokens:
+            _, heads, head_dim = self.keys[0].shape
+            self._scratch = KVCache(
+                1,
+                heads,
+                head_dim,
+                num_blocks=-(-tokens * 5 // 4 // self.block_size) + 1,
+                block_size=self.block_size,
+                dtype=self.keys[0].dtype,
+                device=self.keys[0].device,
+            )
+        return self._scratch
 
     @property
     def num_bytes(self) -> int:

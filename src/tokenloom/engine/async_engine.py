@@ -125,6 +125,8 @@ class AsyncEngine:
             self._wake.notify()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
+            if self.engine.pool.tier is not None:
+                self.engine.pool.tier.close()
 
     # -- requests ---------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from tokenloom.batch import Batch, BatchBuilder, SegmentKind
 from tokenloom.cache.block_pool import BlockPool, OutOfBlocks
 from tokenloom.cache.kv_cache import KVCache, bytes_per_token, default_pool_bytes
+from tokenloom.cache.tier import open_tier
 from tokenloom.config import Settings
 from tokenloom.engine.adapters import AdapterRegistry
 from tokenloom.engine.coserve import Coserver
@@ -25,6 +26,7 @@ from tokenloom.engine.validation import validate
 from tokenloom.errors import ModelError, RequestError
 from tokenloom.heap import keep_freed_memory, release_freed_memory
 from tokenloom.kernels import Kernels, get_kernels
+from tokenloom.kernels.shared_prefix import shared_prefixes
 from tokenloom.models.decoder import Decoder
 from tokenloom.models.loader import ModelFiles, open_model
 from tokenloom.models.weight_loader import Quantize, WeightLoader
@@ -53,6 +55,7 @@ class Engine:
 
     Raises:
         ModelError: the model cannot be found, read or held in memory.
+        ConfigError: the second tier of the cache cannot be where it should.
     """
 
     def __init__(self, settings: Settings, files: ModelFiles | None = None) -> None:
@@ -76,8 +79,12 @@ class Engine:
         )
         self.kv = self._allocate_kv()
         self.pool = BlockPool(self.kv.num_blocks, self.kv.block_size)
+        self.pool.tier = open_tier(settings.cache, self.kv)
         self.scheduler = Scheduler(
-            settings.scheduler, self.pool, prefix_caching=settings.cache.prefix_caching
+            settings.scheduler,
+            self.pool,
+            prefix_caching=settings.cache.prefix_caching,
+            copy_block=self.kv.copy_block,
         )
         self.adapters = AdapterRegistry(settings.adapters.max_loaded)
         self.coserver = Coserver(settings, self.scheduler, self.pool, self.decoder, self.kv)
@@ -129,7 +136,8 @@ class Engine:
         if request.request_id in self.requests:
             raise RequestError(f"request id {request.request_id!r} is in use", param="request_id")
         leader = Sequence(request, 0, self.pool, self._detokenizer(request))
-        leader.govern(self.kv, self.decoder.kernels, request.shape(self.config, self.name))
+        shape = request.shape(self.config, self.name)
+        leader.govern(self.kv, self.decoder.kernels, shape, self.decoder.rope.cos_sin)
         request.sequences = [leader]
         self.requests[request.request_id] = request
         self.scheduler.add(leader)
@@ -191,8 +199,6 @@ class Engine:
             return self._publish(ready, gains)
 
     def _build(self, plan: Plan, train_rows: int) -> Batch:
-        for source, target in plan.copies:
-            self.kv.copy_block(source, target)
         if any(sequence.request.adapter is not None for sequence in plan.rows):
             # Rows of one adapter side by side, so that each runs once.
             plan.rows = dict(sorted(plan.rows.items(), key=lambda item: _adapter_version(item[0])))
@@ -224,7 +230,7 @@ class Engine:
             policy, cached = sequence.policy, sequence.cached
             if policy is not None and cached is not None:
                 cached.start, cached.length = start, sequence.kv_start + rows
-                if policy.attends(start, start + rows) or cached.ragged is not None:
+                if policy.attends(start, start + rows) or cached.blocks_apart:
                     builder.governed(policy, cached)
             if sequence.request.adapter is not None:
                 builder.through(sequence.request.adapter.adapter.layers, first)
@@ -232,7 +238,11 @@ class Engine:
             self.coserver.add_rows(builder, train_rows)
         self.counters.iterations += 1
         self.counters.batch_tokens += plan.num_rows
-        return builder.build()
+        batch = builder.build()
+        if self.settings.cache.shared_prefix_attention:
+            batch.shared = shared_prefixes(batch.plain_spans, self.pool.block_size)
+            self.counters.prefix_reads_saved += sum(p.num_saved for p in batch.shared)
+        return batch
 
     def _advance(self, plan: Plan, batch: Batch, hidden: Tensor) -> list[Sequence]:
         """Account for the rows just computed; returns the sequences whose tokens are all computed."""
@@ -439,6 +449,8 @@ class Engine:
         stats.prefix_hits_tokens = scheduler.prefix_hits
         stats.draft_bytes = self.drafting.num_bytes
         stats.preemptions = scheduler.num_preemptions
+        if self.pool.tier is not None:
+            stats.count_tier(self.pool.tier, self.pool.block_size)
         return stats
 
     def _detokenizer(self, request: Request) -> Detokenizer:

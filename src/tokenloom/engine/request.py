@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -11,7 +12,7 @@ import torch
 
 from tokenloom.cache.block_pool import BlockPool
 from tokenloom.cache.block_table import BlockTable, block_digest, root_digest
-from tokenloom.cache.cached_tokens import CachedTokens
+from tokenloom.cache.cached_tokens import CachedTokens, CosSin
 from tokenloom.cache.kv_cache import KVCache
 from tokenloom.cache.policy import KVMethod, KVPolicy, SequenceShape
 from tokenloom.engine.adapters import LoadedAdapter
@@ -122,8 +123,7 @@ class Sequence:
     @property
     def blocks(self) -> list[int]:
         """Every block that holds something of this sequence."""
-        ragged = self.cached.ragged if self.cached is not None else None
-        return self.table.blocks + (ragged.blocks if ragged is not None else [])
+        return self.table.blocks + (self.cached.blocks_apart if self.cached is not None else [])
 
     @property
     def output(self) -> list[int]:
@@ -143,6 +143,17 @@ class Sequence:
         pool, blocks = self.table.pool, range(self._matchable_blocks)
         return next((i for i in blocks if not pool.holds(self.digest(i))), len(blocks)) * pool.block_size
 
+    def cold_digests(self, most: int) -> Iterator[bytes]:
+        """The first digests, at most so many, that `match_prefix` would find in the tier."""
+        pool, found = self.table.pool, 0
+        for i in range(self._matchable_blocks):
+            digest = self.digest(i)
+            if found == most or not pool.holds(digest):
+                return
+            if not pool.is_resident(digest):
+                found += 1
+                yield digest
+
     @property
     def _matchable_blocks(self) -> int:
         """Full blocks that need not be computed: at least one token must be, and what the policy asks for."""
@@ -152,13 +163,20 @@ class Sequence:
         return max(0, most) // self.table.pool.block_size
 
     def match_prefix(self) -> int:
-        """Adopt cached blocks from the front, leaving at least one token to compute; tokens adopted."""
-        pool = self.table.pool
-        for i in range(self._matchable_blocks):
+        """Adopt cached blocks from the front, leaving at least one token to compute; tokens adopted.
+
+        Those that only the tier has come back if there is room for the whole sequence; it may be called again
+        when there is.
+        """
+        pool, table, length = self.table.pool, self.table, len(self.tokens)
+        room = -(-(length + (self.request.params.max_tokens or 0)) // pool.block_size)
+        for i in range(len(table.blocks), self._matchable_blocks):
             block = pool.lookup(self.digest(i))
+            if block is None and table.missing(length) <= pool.num_available:
+                block = pool.restore(self.digest(i), table.blocks[-1] if table.blocks else None, room)
             if block is None:
                 break
-            self.table.adopt(block)
+            table.adopt(block)
         if self.policy is not None:
             # Neither a part of what the policy computes together, nor a part of a block.
             tokens = len(self.table.blocks) * pool.block_size
@@ -176,12 +194,12 @@ class Sequence:
         for i in range(computed_before // size, end // size):
             self.table.pool.publish(self.table.blocks[i], self.digest(i))
 
-    def govern(self, kv: KVCache, kernels: Kernels, shape: SequenceShape) -> None:
+    def govern(self, kv: KVCache, kernels: Kernels, shape: SequenceShape, cos_sin: CosSin) -> None:
         """Put the sequence under its request's KV method, before its first row."""
         if self.request.kv is not None:
             self.shape = shape
             self.policy = self.request.kv.policy(shape)
-            self.cached = CachedTokens(kv, self.table, kernels)
+            self.cached = CachedTokens(kv, self.table, kernels, cos_sin)
 
     def release_kv(self) -> None:
         """Give all blocks back."""

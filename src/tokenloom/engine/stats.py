@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from tokenloom.engine.outputs import DraftCounts, FinishReason
 
 if TYPE_CHECKING:
+    from tokenloom.cache.tier import Tier
     from tokenloom.engine.coserve import Coserver, Iteration
     from tokenloom.engine.training import Training
 
@@ -47,6 +48,16 @@ class EngineStats:
     prefix_queries_tokens: int = 0
     prefix_hits_tokens: int = 0
     preemptions: int = 0
+    prefix_reads_saved: int = 0
+    """Cached tokens that attention did not read again, since it read them for another sequence; per layer."""
+    tier_bytes: int = 0
+    """Bytes of blocks in the second tier."""
+    tier_demotions: int = 0
+    """Blocks that went down to it."""
+    tier_hits_tokens: int = 0
+    """Tokens whose blocks came back from it."""
+    tier_corrupt: int = 0
+    """Blocks that could not come back, since they were not as they had been written."""
     prompt_tokens: int = 0
     """Prompt tokens of finished and running requests, computed or taken from the prefix cache."""
     generation_tokens: int = 0
@@ -76,6 +87,11 @@ class EngineStats:
     def kv_usage(self) -> float:
         """Share of the KV pool in use, 0 to 1."""
         return self.kv_blocks_used / self.kv_blocks_total if self.kv_blocks_total else 0.0
+
+    def count_tier(self, tier: Tier, block_size: int) -> None:
+        """Take over what the second tier has counted."""
+        self.tier_bytes, self.tier_demotions = tier.num_bytes, tier.demotions
+        self.tier_hits_tokens, self.tier_corrupt = tier.hits * block_size, tier.corrupt
 
     def pop_finished(self) -> list[RequestTiming]:
         """Requests that finished since the last call."""

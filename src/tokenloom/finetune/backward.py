@@ -53,6 +53,8 @@ class Kept:
     x: Tensor
     residual: Tensor | None = None
     query: Tensor | None = None
+    attended: Tensor | None = None
+    log_sums: Tensor | None = None
     gate_up: Tensor | None = None
 
 
@@ -89,7 +91,10 @@ class LayerBackward:
         query = kept.query if kept.query is not None else self._query(w, n1)
         query = query.view(-1, self.heads, self.head_dim)
         reads = (self.kv, w.index, w.spans)
-        attention, weights = kernels.attention_for_backward(query, *reads, layer.window)
+        if kept.attended is not None and kept.log_sums is not None:
+            attention, log_sums = kept.attended.view(query.shape), kept.log_sums
+        else:
+            attention, log_sums = kernels.attention_for_backward(query, *reads, layer.window)
         attended = attention.flatten(1)
         residual = kept.residual
         if residual is None:
@@ -106,7 +111,7 @@ class LayerBackward:
         d_attended = self._linear(w, "o", layer.o, dy, attended)
         d_attention = d_attended.view(query.shape)
         dq = kernels.attention_backward(
-            d_attention, query, attention, weights, *reads, w.firsts, dk, dv, layer.window
+            d_attention, query, attention, log_sums, *reads, w.firsts, dk, dv, layer.window
         )
         rows = slice(w.begin, w.end)
         q, k = slice(self.heads), slice(self.heads, self.heads + self.kv_heads)

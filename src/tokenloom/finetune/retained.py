@@ -18,10 +18,11 @@ Retain = Literal["lean", "fast", "ckpt"]
 SITES: dict[Retain, tuple[str, ...]] = {
     "ckpt": ("input",),
     "lean": ("input", "residual", "query"),
-    "fast": ("input", "residual", "query", "gate_up"),
+    "fast": ("input", "query", "attended", "log_sums", "gate_up"),
 }
 """Tap sites that are kept per layer. Keys and values are kept besides, as the KV cache; all else (norms,
-attention weights, SiLU products, LoRA's middle) is computed again, window by window."""
+attention weights, SiLU products, LoRA's middle) is computed again, window by window. The residual after
+attention is the input and one small product away from what attention gave; attention itself is not."""
 
 
 def site_widths(config: ModelConfig, retain: Retain) -> dict[str, int]:
@@ -31,6 +32,8 @@ def site_widths(config: ModelConfig, retain: Retain) -> dict[str, int]:
         "input": d,
         "residual": d,
         "query": config.num_heads * config.head_dim,
+        "attended": config.num_heads * config.head_dim,
+        "log_sums": config.num_heads,
         "gate_up": 2 * config.intermediate_size,
     }
     return {site: widths[site] for site in SITES[retain]}

@@ -240,6 +240,11 @@ class TrainingPass:
             x=read(n, "input", begin, end),
             residual=read(n, "residual", begin, end) if "residual" in sites else None,
             query=read(n, "query", begin, end) if "query" in sites else None,
+            attended=read(n, "attended", begin, end) if "attended" in sites else None,
+            # 16 bits are too few for an exponent: attention is computed again.
+            log_sums=read(n, "log_sums", begin, end).contiguous()
+            if "log_sums" in sites and self.model.dtype.itemsize >= 4
+            else None,
             gate_up=read(n, "gate_up", begin, end) if "gate_up" in sites else None,
         )
         self.backward.run(window, kept, self.hidden[begin:end], self.dk, self.dv, need_dx=n > 0)

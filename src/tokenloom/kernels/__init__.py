@@ -12,6 +12,7 @@ from tokenloom.kernels.interface import (
     LayerWeights,
     Linear,
     LowRank,
+    SharedPrefix,
 )
 from tokenloom.kernels.native import native
 from tokenloom.kernels.packed import FORMATS, PackedWeight, Weight, dense, num_bytes, times
@@ -28,6 +29,7 @@ __all__ = [
     "Linear",
     "LowRank",
     "PackedWeight",
+    "SharedPrefix",
     "Weight",
     "dense",
     "describe",

@@ -13,20 +13,21 @@ import torch
 from torch import Tensor
 
 from tokenloom.cache.kv_cache import KVCache
-from tokenloom.kernels.interface import Attend, KVSpan, LayerWeights, ModelShape, Weight
+from tokenloom.kernels.interface import Attend, KVSpan, LayerWeights, ModelShape, SharedPrefix, Weight
 from tokenloom.kernels.native import native
 from tokenloom.kernels.packed import PackedWeight
-from tokenloom.kernels.torch_ops import TorchKernels
+from tokenloom.kernels.torch_ops import SMALL_WEIGHT, TorchKernels
 
 if TYPE_CHECKING:
     from tokenloom.batch import Batch, Bypass
 
 HEAD_DIMS = (8, 16, 32, 64, 80, 96, 128)
 MAX_GROUP = 64  # query heads per KV head
+FEW_ROWS = 4  # of float32 weights: from 8 rows on BLAS is as fast
 
 # As the native kernels number them.
 SITES = ("qkv", "o", "gate_up", "down")
-PLACES = ("input", "query", "residual", "gate_up")
+PLACES = ("input", "query", "residual", "gate_up", "attended", "log_sums")
 
 SpanTable = tuple[Tensor, Tensor]
 
@@ -40,11 +41,14 @@ class CpuKernels(TorchKernels):
         self._table: tuple[list[KVSpan], SpanTable] = ([], (torch.empty(0), torch.empty(0)))
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-        if not isinstance(weight, PackedWeight) or x.dtype != torch.float32:
+        if x.dtype != torch.float32 or not (isinstance(weight, PackedWeight) or _reads_memory(x, weight)):
             return super().linear(x, weight, bias)
         y = torch.empty(len(x), weight.shape[0])
-        rows = x if x.stride(-1) == 1 else x.contiguous()
-        native.linear(weight.native, rows, y, False, torch.get_num_threads())
+        if isinstance(weight, PackedWeight):
+            rows = x if x.stride(-1) == 1 else x.contiguous()
+            native.linear(weight.native, rows, y, False, torch.get_num_threads())
+        else:
+            native.few_products(x.contiguous(), weight, y, torch.get_num_threads())
         return y if bias is None else y.add_(bias)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -75,12 +79,18 @@ class CpuKernels(TorchKernels):
         return out
 
     def attention(
-        self, q: Tensor, kv: KVCache, layer: int, spans: list[KVSpan], window: int | None = None
+        self,
+        q: Tensor,
+        kv: KVCache,
+        layer: int,
+        spans: list[KVSpan],
+        window: int | None = None,
+        shared: Sequence[SharedPrefix] = (),
     ) -> Tensor:
         heads, head_dim = q.shape[1:]
         if q.dtype != torch.float32 or not _attends(heads, kv.keys[0].shape[1], head_dim):
-            return super().attention(q, kv, layer, spans, window)
-        return self._attention(q, kv, layer, spans, window, None)
+            return super().attention(q, kv, layer, spans, window, shared)
+        return self._attention(q, kv, layer, spans, window, None, shared)
 
     def attention_at(self, q: Tensor, kv: KVCache, cells: Tensor | Sequence[Tensor]) -> Tensor:
         heads, head_dim = q.shape[1:]
@@ -94,9 +104,17 @@ class CpuKernels(TorchKernels):
         native.attention_at(q, native_cache(kv), flat, ends, out, torch.get_num_threads())
         return out
 
+    def key_scores(self, q: Tensor, keys: Tensor, slots: Tensor, scales: Tensor | None = None) -> Tensor:
+        width = q.shape[1]
+        if q.dtype != torch.float32 or width % 8 or width > 2 * HEAD_DIMS[-1]:
+            return super().key_scores(q, keys, slots, scales)
+        out = torch.empty(len(q), len(slots))
+        native.key_scores(q.contiguous(), keys, scales, slots, out, torch.get_num_threads())
+        return out
+
     def attention_for_backward(
         self, q: Tensor, kv: KVCache, layer: int, spans: list[KVSpan], window: int | None = None
-    ) -> tuple[Tensor, Any]:
+    ) -> tuple[Tensor, Tensor]:
         if not self._trains(q, kv):
             return super().attention_for_backward(q, kv, layer, spans, window)
         log_sums = torch.empty(q.shape[:2])
@@ -107,7 +125,7 @@ class CpuKernels(TorchKernels):
         d_out: Tensor,
         q: Tensor,
         out: Tensor,
-        kept: Any,
+        log_sums: Tensor,
         kv: KVCache,
         layer: int,
         spans: list[KVSpan],
@@ -118,7 +136,7 @@ class CpuKernels(TorchKernels):
     ) -> Tensor:
         if not self._trains(q, kv):
             args = (kv, layer, spans, firsts, dk, dv, window)
-            return super().attention_backward(d_out, q, out, kept, *args)
+            return super().attention_backward(d_out, q, out, log_sums, *args)
         dq = torch.empty(q.shape)
         native.attention_backward(
             dq,
@@ -127,7 +145,7 @@ class CpuKernels(TorchKernels):
             d_out,
             q,
             out,
-            kept,
+            log_sums,
             native_cache(kv),
             layer,
             *self._span_table(spans),
@@ -146,12 +164,20 @@ class CpuKernels(TorchKernels):
         spans: list[KVSpan],
         window: int | None,
         log_sums: Tensor | None,
+        shared: Sequence[SharedPrefix] = (),
     ) -> Tensor:
         out = torch.empty(q.shape)
-        threads = torch.get_num_threads()
-        table, blocks = self._span_table(spans)
         native.attention(
-            q, native_cache(kv), layer, table, blocks, kv.block_size, window or 0, out, log_sums, threads
+            q,
+            native_cache(kv),
+            layer,
+            *self._span_table(spans),
+            kv.block_size,
+            window or 0,
+            out,
+            log_sums,
+            torch.get_num_threads(),
+            shared_table(spans, shared),
         )
         return out
 
@@ -168,6 +194,13 @@ class CpuKernels(TorchKernels):
         ids = torch.empty(len(logits), k, dtype=torch.int64)
         native.top(logits, values, ids, norms, torch.get_num_threads())
         return values, ids, norms
+
+    def largest(self, scores: Tensor, k: int) -> Tensor:
+        if scores.dtype != torch.float32 or scores.stride(-1) != 1:
+            return super().largest(scores, k)
+        ids = torch.empty(len(scores), k, dtype=torch.int64)
+        native.largest(scores, ids, torch.get_num_threads())
+        return ids
 
     def fuse(self, shape: ModelShape, layers: Sequence[LayerWeights]) -> FusedLayers | None:
         packed = all(
@@ -261,6 +294,7 @@ class FusedLayers:
             qkv,
             attend_to,
             torch.get_num_threads(),
+            shared_table(batch.spans, batch.shared),
         )
         return True
 
@@ -308,10 +342,40 @@ def span_table(spans: list[KVSpan]) -> SpanTable:
     return torch.from_numpy(np.array(table, np.int32).reshape(-1, columns)), torch.from_numpy(blocks)
 
 
+def shared_table(spans: Sequence[KVSpan], shared: Sequence[SharedPrefix]) -> SpanTable | None:
+    """What the kernels read of prefixes that spans share: int32 `[R, 3]` (begin, end, number of spans) and
+    the places in `spans` of those that share each; None: nothing is shared."""
+    if not shared:
+        return None
+    place = {span.start: i for i, span in enumerate(spans)}
+    table = [(prefix.begin, prefix.end, len(prefix.spans)) for prefix in shared]
+    members = [place[span.start] for prefix in shared for span in prefix.spans]
+    return torch.tensor(table, dtype=torch.int32), torch.tensor(members, dtype=torch.int32)
+
+
+def keys_read(
+    spans: list[KVSpan],
+    shared: Sequence[SharedPrefix],
+    block_size: int,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+) -> int:
+    """How many keys, of one head each, attention of these spans reads in one layer; as many values."""
+    table = shared_table(spans, shared)
+    return int(native.keys_read(*span_table(spans), block_size, 0, num_heads, num_kv_heads, table))
+
+
 def native_cache(kv: KVCache) -> Any:
     if kv.native is None:
         kv.native = native.KV(kv.keys, kv.values, kv.key_scales, kv.value_scales)
     return kv.native
+
+
+def _reads_memory(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product takes as long as reading its weight: BLAS needs twice that for a row or two."""
+    fits = weight.dtype == torch.float32 and weight.is_contiguous() and x.shape[1] % 8 == 0
+    return fits and len(x) <= FEW_ROWS and weight.numel() > SMALL_WEIGHT
 
 
 def _attends(heads: int, kv_heads: int, head_dim: int) -> bool:

@@ -92,6 +92,15 @@ class KVSpan:
     contiguous: bool
     tail: list[int] = field(default_factory=list)
 
+    @property
+    def num_before(self) -> int:
+        """Tokens that all of its rows read, where the blocks say."""
+        return self.kv_len - max(self.length, len(self.tail))
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.start + self.length)
+
     def view(self, cache: Tensor, block_size: int, begin: int = 0) -> Tensor:
         """What the cache holds of tokens `begin .. kv_len`, `[kv_len - begin, ...]`; a view where it can be.
 
@@ -119,6 +128,23 @@ class KVSpan:
         k_scale = self.view(kv.key_scales[layer], kv.block_size, begin)
         v_scale = self.view(kv.value_scales[layer], kv.block_size, begin)
         return k * k_scale[..., None], v * v_scale[..., None]
+
+
+@dataclass(slots=True, eq=False)
+class SharedPrefix:
+    """Tokens `begin .. end` that lie in the same blocks for several spans, and that all of their rows read.
+
+    A span may be in several: each begins where the one before it ends, the first at 0.
+    """
+
+    begin: int
+    end: int
+    spans: list[KVSpan]
+
+    @property
+    def num_saved(self) -> int:
+        """Tokens that need not be read again for spans after the first."""
+        return (self.end - self.begin) * (len(self.spans) - 1)
 
 
 Attend = Callable[[int, Tensor], Tensor]
@@ -168,12 +194,18 @@ class Kernels(Protocol):
         """Rotate x `[T, H, D]` by half-split RoPE: dimension i turns with i + D / 2."""
 
     def attention(
-        self, q: Tensor, kv: KVCache, layer: int, spans: list[KVSpan], window: int | None = None
+        self,
+        q: Tensor,
+        kv: KVCache,
+        layer: int,
+        spans: list[KVSpan],
+        window: int | None = None,
+        shared: Sequence[SharedPrefix] = (),
     ) -> Tensor:
         """Causal attention of every row over its own span of a layer's cache.
 
-        q: `[T, Hq, D]`; window: a row reads at most its last `window` tokens, itself included. Returns
-        `[T, Hq, D]`.
+        q: `[T, Hq, D]`; window: a row reads at most its last `window` tokens, itself included; shared: what
+        of these spans may be read once for all that share it (without a window). Returns `[T, Hq, D]`.
         """
 
     def attention_at(self, q: Tensor, kv: KVCache, cells: Tensor | Sequence[Tensor]) -> Tensor:
@@ -189,17 +221,29 @@ class Kernels(Protocol):
             `[n, Hq, D]`.
         """
 
+    def key_scores(self, q: Tensor, keys: Tensor, slots: Tensor, scales: Tensor | None = None) -> Tensor:
+        """q . k of every query head with chosen keys of its kv head.
+
+        Args:
+            q: `[Hq, W]`.
+            keys: `[S, Hk, W]`; int8 ones have a scale per slot and head, `[S, Hk]`.
+            slots: which of them, int64 `[m]`.
+
+        Returns:
+            `[Hq, m]`.
+        """
+
     def attention_for_backward(
         self, q: Tensor, kv: KVCache, layer: int, spans: list[KVSpan], window: int | None = None
-    ) -> tuple[Tensor, Any]:
-        """`attention`, and what `attention_backward` needs of it besides."""
+    ) -> tuple[Tensor, Tensor]:
+        """`attention`, and the logarithm of each row's and head's sum of exponentiated scores, `[T, Hq]`."""
 
     def attention_backward(
         self,
         d_out: Tensor,
         q: Tensor,
         out: Tensor,
-        kept: Any,
+        log_sums: Tensor,
         kv: KVCache,
         layer: int,
         spans: list[KVSpan],
@@ -211,7 +255,7 @@ class Kernels(Protocol):
         """The gradient of attention's q by that of its result; those of keys and values are added to dk, dv.
 
         Args:
-            d_out, q, out: `[T, Hq, D]`; out and kept are what `attention_for_backward` returned.
+            d_out, q, out: `[T, Hq, D]`; out and log_sums are what `attention_for_backward` returned.
             firsts: where in dk and dv each span's token 0 is.
             dk, dv: `[Hk, tokens, D]`.
         """
@@ -219,6 +263,12 @@ class Kernels(Protocol):
     def top(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """The k largest of each row of logits `[R, V]` in descending order, their ids, both `[R, k]`, and the
         logarithm of the sum of each row's exponentials, `[R]`."""
+
+    def largest(self, scores: Tensor, k: int) -> Tensor:
+        """Where the k largest of each row of scores `[R, m]` are, ascending, int64 `[R, k]`.
+
+        Of equal ones the first count, and NaN is above all.
+        """
 
     def fuse(self, shape: ModelShape, layers: Sequence[LayerWeights]) -> FusedLayers | None:
         """All layers in one call, where the backend has that for these weights; it does what the operators

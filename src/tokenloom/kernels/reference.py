@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tokenloom.cache.kv_cache import KVCache
-from tokenloom.kernels.interface import KVSpan, LayerWeights, ModelShape
+from tokenloom.kernels.interface import KVSpan, LayerWeights, ModelShape, SharedPrefix
 from tokenloom.kernels.packed import PackedWeight, Weight, dense
 
 
@@ -65,7 +65,13 @@ class ReferenceKernels:
         return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
 
     def attention(
-        self, q: Tensor, kv: KVCache, layer: int, spans: list[KVSpan], window: int | None = None
+        self,
+        q: Tensor,
+        kv: KVCache,
+        layer: int,
+        spans: list[KVSpan],
+        window: int | None = None,
+        shared: Sequence[SharedPrefix] = (),
     ) -> Tensor:
         num_heads, head_dim = q.shape[1:]
         num_kv_heads = kv.keys[layer].shape[1]
@@ -96,17 +102,36 @@ class ReferenceKernels:
                 out[i, j] = torch.matmul(weights, values[:end].contiguous())
         return out.view(n, num_heads, head_dim)
 
+    def key_scores(self, q: Tensor, keys: Tensor, slots: Tensor, scales: Tensor | None = None) -> Tensor:
+        group = len(q) // keys.shape[1]
+        out = q.new_empty(len(q), len(slots))
+        for head, query in enumerate(q):
+            for i, slot in enumerate(slots.tolist()):
+                key = keys[slot, head // group].to(q.dtype)
+                out[head, i] = query @ (key if scales is None else key * scales[slot, head // group])
+        return out
+
     def attention_for_backward(
         self, q: Tensor, kv: KVCache, layer: int, spans: list[KVSpan], window: int | None = None
-    ) -> tuple[Tensor, None]:
-        return self.attention(q, kv, layer, spans, window), None
+    ) -> tuple[Tensor, Tensor]:
+        num_heads, head_dim = q.shape[1:]
+        log_sums = q.new_empty(q.shape[:2])
+        for span in spans:
+            keys, _ = span.read(kv, layer)  # [kv_len, Hk, D]
+            for i in range(span.length):
+                end = span.kv_len - span.length + i + 1
+                begin = 0 if window is None else max(0, end - window)
+                group = q[span.start + i].view(keys.shape[1], -1, head_dim)
+                scores = torch.matmul(group, keys[begin:end].permute(1, 2, 0)) / math.sqrt(head_dim)
+                log_sums[span.start + i] = scores.logsumexp(-1).view(num_heads)
+        return self.attention(q, kv, layer, spans, window), log_sums
 
     def attention_backward(
         self,
         d_out: Tensor,
         q: Tensor,
         out: Tensor,
-        kept: None,
+        log_sums: Tensor,
         kv: KVCache,
         layer: int,
         spans: list[KVSpan],
@@ -125,7 +150,8 @@ class ReferenceKernels:
                 begin = 0 if window is None else max(0, end - window)
                 k, v, at = keys[:, begin:end], values[:, begin:end], slice(first + begin, first + end)
                 group, d_group = (x[span.start + i].view(num_kv_heads, -1, head_dim) for x in (q, d_out))
-                weights = torch.softmax(group @ k.transpose(1, 2) * scale, dim=-1)
+                sums = log_sums[span.start + i].view(num_kv_heads, -1, 1)
+                weights = torch.exp(group @ k.transpose(1, 2) * scale - sums)
                 d_weights = d_group @ v.transpose(1, 2)
                 d_scores = weights * (d_weights - (d_weights * weights).sum(-1, keepdim=True)) * scale
                 dq[span.start + i] = (d_scores @ k).reshape(num_heads, head_dim)
@@ -136,6 +162,10 @@ class ReferenceKernels:
     def top(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         values, ids = logits.topk(k, dim=-1)
         return values, ids, logits.logsumexp(-1)
+
+    def largest(self, scores: Tensor, k: int) -> Tensor:
+        ranked = scores.sort(dim=-1, descending=True, stable=True).indices
+        return ranked[:, :k].sort().values
 
     def fuse(self, shape: ModelShape, layers: Sequence[LayerWeights]) -> None:
         return None

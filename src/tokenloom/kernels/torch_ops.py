@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from tokenloom.cache.kv_cache import KVCache
-from tokenloom.kernels.interface import FusedLayers, KVSpan, LayerWeights, ModelShape
+from tokenloom.kernels.interface import FusedLayers, KVSpan, LayerWeights, ModelShape, SharedPrefix
 from tokenloom.kernels.packed import PackedWeight, Weight, dense
+from tokenloom.kernels.shared_prefix import attend_shared
 
 # Below this many rows, BLAS is faster on CPU with the weight as the left factor (measured: 25 against
 # 35 ms at one row and 52 against 100 ms at 16 rows for all layers of the default model).
 _FEW_ROWS = 48
 # ... but not where the weight lies in the caches anyway.
-_SMALL_WEIGHT = 2**18
+SMALL_WEIGHT = 2**18
 # Rows of one tile of attention: its weights, `[Hq, rows, keys]`, should stay in the caches.
 _TILE_ROWS = 128
 
@@ -32,7 +32,7 @@ class TorchKernels:
         if isinstance(weight, PackedWeight):
             weight = dense(weight, like=x)
         rows = x.shape[0]
-        small = weight.numel() <= _SMALL_WEIGHT
+        small = weight.numel() <= SMALL_WEIGHT
         if x.is_cuda or rows >= _FEW_ROWS or small or x.dtype != torch.float32:
             return F.linear(x, weight, bias)
         # One row alone would fall to a slow matrix-vector product; a second, equal one makes it a GEMM.
@@ -82,13 +82,22 @@ class TorchKernels:
         return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
 
     def attention(
-        self, q: Tensor, kv: KVCache, layer: int, spans: list[KVSpan], window: int | None = None
+        self,
+        q: Tensor,
+        kv: KVCache,
+        layer: int,
+        spans: list[KVSpan],
+        window: int | None = None,
+        shared: Sequence[SharedPrefix] = (),
     ) -> Tensor:
         num_heads, head_dim = q.shape[1:]
         num_kv_heads = kv.keys[layer].shape[1]
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        done = attend_shared(q, kv, layer, shared, out) if shared and window is None else set()
         for span in spans:
-            rows = slice(span.start, span.start + span.length)
+            if span.start in done:
+                continue
+            rows = span.rows
             first_row_end = span.kv_len - span.length + 1
             begin = 0 if window is None else max(0, first_row_end - window)
             k, v = _read(span, kv, layer, q.dtype, begin)
@@ -118,22 +127,29 @@ class TorchKernels:
             out[:, i] = _tiled(queries[:, i], k, v, None)
         return out.view(n, num_heads, head_dim)
 
+    def key_scores(self, q: Tensor, keys: Tensor, slots: Tensor, scales: Tensor | None = None) -> Tensor:
+        chosen = keys[slots]
+        if scales is not None:
+            chosen = chosen * scales[slots][..., None]
+        queries = q.view(keys.shape[1], -1, q.shape[1])
+        return torch.matmul(queries, chosen.to(q.dtype).permute(1, 2, 0)).flatten(0, 1)
+
     def attention_for_backward(
         self, q: Tensor, kv: KVCache, layer: int, spans: list[KVSpan], window: int | None = None
-    ) -> tuple[Tensor, Any]:
+    ) -> tuple[Tensor, Tensor]:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        kept: list[Tensor] = []
+        log_sums = q.new_empty(q.shape[:2])
         for span in spans:
-            rows = slice(span.start, span.start + span.length)
-            out[rows] = _tiled(q[rows], *_read(span, kv, layer, q.dtype), window, kept)
-        return out, kept
+            rows = span.rows
+            out[rows] = _tiled(q[rows], *_read(span, kv, layer, q.dtype), window, log_sums[rows])
+        return out, log_sums
 
     def attention_backward(
         self,
         d_out: Tensor,
         q: Tensor,
         out: Tensor,
-        kept: Any,
+        log_sums: Tensor,
         kv: KVCache,
         layer: int,
         spans: list[KVSpan],
@@ -142,14 +158,16 @@ class TorchKernels:
         dv: Tensor,
         window: int | None = None,
     ) -> Tensor:
-        num_kv_heads, scale, weights_of = len(dk), 1 / math.sqrt(q.shape[-1]), iter(kept)
+        num_kv_heads, scale = len(dk), 1 / math.sqrt(q.shape[-1])
         dq = torch.empty_like(q, memory_format=torch.contiguous_format)
         for span, start in zip(spans, firsts, strict=True):
             k, v = _read(span, kv, layer, q.dtype)
             for first, last, begin, end in _tiles(span.length, span.kv_len, window):
                 rows, keys = slice(span.start + first, span.start + last), slice(start + begin, start + end)
                 query, do, o = (_grouped(x[rows], num_kv_heads) for x in (q, d_out, out))
-                weights = next(weights_of)
+                sums = _grouped(log_sums[rows, :, None], num_kv_heads)
+                weights = torch.matmul(query, k[:, begin:end].transpose(1, 2)).mul_(scale).sub_(sums).exp_()
+                _hide(weights.view(num_kv_heads, -1, last - first, end - begin), window, 0)
                 dv[:, keys].baddbmm_(weights.transpose(1, 2), do)
                 ds = torch.matmul(do, v[:, begin:end].transpose(1, 2))
                 # rowsum(dP * P) = rowsum(dO * O), which is smaller by L / D.
@@ -161,6 +179,10 @@ class TorchKernels:
     def top(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         values, ids = logits.topk(k, dim=-1)
         return values, ids, logits.logsumexp(-1)
+
+    def largest(self, scores: Tensor, k: int) -> Tensor:
+        ranked = scores.sort(dim=-1, descending=True, stable=True).indices  # topk picks any of equal ones
+        return ranked[:, :k].sort().values
 
     def fuse(self, shape: ModelShape, layers: Sequence[LayerWeights]) -> FusedLayers | None:
         return None
@@ -192,7 +214,7 @@ def _ungrouped(x: Tensor, n: int) -> Tensor:
     return x.view(num_kv_heads, -1, n, head_dim).permute(2, 0, 1, 3).reshape(n, -1, head_dim)
 
 
-def _tiled(q: Tensor, k: Tensor, v: Tensor, window: int | None, kept: list[Tensor] | None = None) -> Tensor:
+def _tiled(q: Tensor, k: Tensor, v: Tensor, window: int | None, log_sums: Tensor | None = None) -> Tensor:
     """Attention of the last n of L tokens by plain products, tile by tile of rows.
 
     On CPU in full precision faster than torch's own (1.6 times at 512 rows, measured): the query heads of a
@@ -201,33 +223,33 @@ def _tiled(q: Tensor, k: Tensor, v: Tensor, window: int | None, kept: list[Tenso
     Args:
         q: `[n, Hq, D]`.
         k, v: `[Hk, L, D]`; the last row reads all of them, within its window.
-        kept: gets each tile's weights, `[Hk, G * rows, keys]`.
+        log_sums: gets the logarithms of the sums of exponentiated scores, `[n, Hq]`.
     """
     (n, _, head_dim), (num_kv_heads, length, _) = q.shape, k.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for first, last, begin, end in _tiles(n, length, window):
         query = _grouped(q[first:last], num_kv_heads) / math.sqrt(head_dim)
         scores = torch.matmul(query, k[:, begin:end].transpose(1, 2))
-        _mask_ahead(scores.view(num_kv_heads, -1, last - first, end - begin), window)
+        _hide(scores.view(num_kv_heads, -1, last - first, end - begin), window, -math.inf)
         weights = torch.softmax(scores, dim=-1)
         out[first:last] = _ungrouped(torch.matmul(weights, v[:, begin:end]), last - first)
-        if kept is not None:
-            kept.append(weights)
+        if log_sums is not None:
+            log_sums[first:last] = _ungrouped(scores.logsumexp(-1, keepdim=True), last - first)[..., 0]
     return out
 
 
-def _mask_ahead(scores: Tensor, window: int | None) -> None:
-    """Set to -inf, in place, what the last `rows` of `length` tokens must not read.
+def _hide(scores: Tensor, window: int | None, value: float) -> None:
+    """Set to a value, in place, what the last `rows` of `length` tokens must not read.
 
     scores: `[..., rows, length]`; window: a row reads at most its last `window` tokens, itself included.
     """
     rows, length = scores.shape[-2:]
     ahead = torch.ones(rows, rows, dtype=torch.bool, device=scores.device).triu_(1)
-    scores[..., length - rows :].masked_fill_(ahead, -math.inf)
+    scores[..., length - rows :].masked_fill_(ahead, value)
     if window is not None and window < length:
         last = torch.arange(length - rows, length, device=scores.device)[:, None]
         passed = torch.arange(length, device=scores.device) <= last - window
-        scores.masked_fill_(passed, -math.inf)
+        scores.masked_fill_(passed, value)
 
 
 def _sdpa(

@@ -91,21 +91,30 @@ class Decoder:
     def _attend(self, batch: Batch, kv: KVCache, index: int, q: Tensor) -> Tensor:
         """Attention of a layer, q `[T, Hq, D]`: policies' rows first, then all that they leave."""
         window = self.layers[index].window
-        if not batch.policies:
-            return self.kernels.attention(q, kv, index, batch.spans, window)
-        spans, chosen = list(batch.plain_spans), []
+        if not batch.policies and not batch.tapped_spans:
+            return self.kernels.attention(q, kv, index, batch.spans, window, batch.shared)
+        left, chosen = [], []
         for part in batch.policies:
             rows = q[part.rows]
             attended = part.policy.attend(index, rows, part.cached)
-            if attended is None and part.cached.ragged is not None:
+            if attended is None and part.cached.blocks_apart:
                 attended = part.cached.attend(index, rows)
             if attended is None:
-                spans.append(part.segment.span)
+                left.append(part.segment.span)
             else:
                 chosen.append((part.rows, attended))
-        if not spans and len(chosen) == 1:
+        spans = batch.plain_spans + left if left else batch.plain_spans
+        if batch.tapped_spans:
+            out, log_sums = self.kernels.attention_for_backward(q, kv, index, batch.tapped_spans, window)
+            self._tap(batch, index, "attended", out)
+            self._tap(batch, index, "log_sums", log_sums)
+            if spans:
+                others = self.kernels.attention(q, kv, index, spans, window, batch.shared)
+                chosen += [(span.rows, others[span.rows]) for span in spans]
+        elif not spans and len(chosen) == 1:
             return chosen[0][1]
-        out = self.kernels.attention(q, kv, index, spans, window)
+        else:
+            out = self.kernels.attention(q, kv, index, spans, window, batch.shared)
         for where, attended in chosen:
             out[where] = attended
         return out

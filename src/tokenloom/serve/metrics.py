@@ -93,6 +93,7 @@ class _EngineCollector(Collector):
             ("kv_blocks_inference", "KV blocks that requests hold.", inference_blocks),
             ("kv_blocks_training", "KV blocks that training holds.", stats.kv_blocks_training),
             ("spec_decode_bytes", "Memory of what drafters keep.", stats.draft_bytes),
+            ("kv_tier_bytes", "Bytes of KV blocks in the second tier.", stats.tier_bytes),
             ("num_adapters", "Adapters in memory.", len(adapters)),
             ("finetune_jobs_running", "Jobs that train now.", stats.training_jobs),
         )
@@ -101,6 +102,10 @@ class _EngineCollector(Collector):
         counters = (
             ("prefix_cache_queries", "Prompt tokens looked up for reuse.", stats.prefix_queries_tokens),
             ("prefix_cache_hits", "Prompt tokens found there.", stats.prefix_hits_tokens),
+            ("prefix_reads_saved", "Cached tokens read for another sequence.", stats.prefix_reads_saved),
+            ("kv_tier_demotions", "KV blocks that went down to the second tier.", stats.tier_demotions),
+            ("kv_tier_hits", "Tokens whose blocks came back from it.", stats.tier_hits_tokens),
+            ("kv_tier_corrupt", "Blocks that were not as they had been written.", stats.tier_corrupt),
             ("num_preemptions", "Sequences sent back to the queue.", stats.preemptions),
             ("prompt_tokens", "Prompt tokens of admitted requests.", stats.prompt_tokens),
             ("generation_tokens", "Tokens generated.", stats.generation_tokens),

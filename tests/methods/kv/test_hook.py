@@ -29,6 +29,9 @@ NEUTRAL = [
     "quest(budget=500)",
     "tokenselect(budget=500)",
     "snapkv(budget=500)+quest(budget=500)",
+    "kivi(bits=2, residual=512, keep_sinks=4, hadamard=True)",
+    "snapkv(budget=500)+kivi(residual=512)",
+    "kvsharer(layers=0)",
 ]
 # At these each drops or skips most of the prompt.
 SMALL = [
@@ -45,6 +48,9 @@ SMALL = [
     "tokenselect(budget=24, n_init=2, chunk=8, theta=1.0)",
     "tokenselect(budget=24, n_init=2, chunk=8, prefill=False)",
     "keydiff(budget=60, window=8)+quest(budget=12, page=4, dense_layers=0)",
+    "kivi(bits=2, residual=32, keep_sinks=4)",
+    "snapkv(budget=50, window=8)+merge+kivi(residual=0, axis=token, hadamard=True)",
+    "kvsharer(map=[[2,0]])",
 ]
 
 

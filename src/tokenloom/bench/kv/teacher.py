@@ -143,7 +143,7 @@ class _Reads:
 
             def counting(layer: int, q: Tensor, cached: CachedTokens) -> Tensor | None:
                 attended = attend(layer, q, cached)
-                self.chosen += attended is not None or cached.ragged is not None
+                self.chosen += attended is not None or bool(cached.blocks_apart)
                 return attended
 
             policy.attend = counting  # type: ignore[method-assign]

@@ -13,7 +13,7 @@ from tokenloom.cache.cached_tokens import CachedTokens
 from tokenloom.cache.policy import KVPolicy, SequenceShape
 from tokenloom.errors import RequestError
 from tokenloom.methods.kv.eviction import Eviction
-from tokenloom.methods.kv.parts import Evictor, Part, Prefill, Selector
+from tokenloom.methods.kv.parts import Evictor, Packer, Part, Prefill, Selector
 from tokenloom.methods.registry import Entry, parse, spec_of
 
 # Roles that exclude each other, and why.
@@ -66,9 +66,8 @@ class Combination:
         if "scorer" in parts:
             layer_budget, head_budget, merger = (parts.get(role) for role in _NEEDS_SCORER)
             policies.append(Eviction(shape, parts["scorer"], layer_budget, head_budget, merger))
-        policies += [
-            part.policy(shape) for part in parts.values() if isinstance(part, Evictor | Selector | Prefill)
-        ]
+        own = (Evictor, Selector, Prefill, Packer)
+        policies += [part.policy(shape) for part in parts.values() if isinstance(part, own)]
         return policies[0] if len(policies) == 1 else Together(policies)
 
 

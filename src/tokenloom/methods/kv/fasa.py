@@ -150,7 +150,7 @@ class FasaPolicy(DecodeSelection):
         scores = torch.matmul(query, keys.transpose(1, 2)).flatten(0, 1)  # [heads, tokens]
         self.tip_bytes += keys.numel() * keys.element_size()
         count = max(0, budget - sinks - self.local)
-        chosen = scores.topk(count, sorted=False).indices.add_(sinks).sort().values
+        chosen = cached.kernels.largest(scores, count).add_(sinks)
         heads = len(chosen)
         first = torch.arange(sinks, device=q.device).expand(heads, -1)
         last = torch.arange(end, cached.length, device=q.device).expand(heads, -1)

@@ -119,6 +119,28 @@ class Prefill(Part):
 
 
 class Storage(Part):
-    """How keys and values are stored."""
+    """How all keys and values of the pool are stored."""
 
     role = "storage"
+
+
+class Packer(Part):
+    """Stores a sequence's older tokens by a codec, in memory of their own."""
+
+    role = "codec"
+    conflicts: ClassVar[Mapping[str, str]] = {
+        "storage": "the pool's 8 bits are a codec already, and to round twice only adds to the error",
+        "evictor": "an evictor goes on dropping tokens one by one, and packed ones are written once",
+        "selector": "a selector reads single tokens, and packed ones are decoded all together",
+        "prefill": "both govern the rows of the prompt, and what is packed then has not been tried",
+        "layer budget": "packed tokens are the same number in every layer",
+        "head budget": "packed tokens are the same number in every head",
+    }
+
+    def check(self, max_batch_tokens: int, max_running: int, quantized: bool) -> None:
+        if quantized:
+            raise ValueError("the server's cache is in 8 bits (cache.dtype=int8); codecs need a plain one")
+
+    @abstractmethod
+    def policy(self, shape: SequenceShape) -> KVPolicy:
+        """For one sequence, before its first row."""

@@ -51,7 +51,7 @@ class Quest(Selector):
 
 
 class QuestPolicy(DecodeSelection):
-    """Keeps the bounds of each layer's pages, `[Hk, pages, 2 * D]`: the largest numbers, then the least."""
+    """Keeps the bounds of each layer's pages, `[pages, Hk, 2 * D]`: the largest numbers, then the least."""
 
     def __init__(self, knobs: Quest, shape: SequenceShape) -> None:
         super().__init__(shape)
@@ -60,43 +60,47 @@ class QuestPolicy(DecodeSelection):
         self.pages = max(LEAST_PAGES, -(-budget // knobs.page))
         self.bounds: dict[int, Tensor] = {}
         self.dropped = 0
+        self.places = torch.empty(0, dtype=torch.int64)
 
     def attend(self, layer: int, q: Tensor, cached: CachedTokens) -> Tensor | None:
         page, length = self.knobs.page, cached.length
         total = -(-length // page)
         if layer < self.knobs.dense_layers or total <= self.pages:
             return None
-        bounds = self._bounds(layer, cached)[:, :total]
-        queries = q[0].view(self.shape.num_kv_heads, -1, self.shape.head_dim)
+        bounds = self._bounds(layer, cached)
+        if len(self.places) < total * page:
+            self.places = torch.arange(len(bounds) * page, device=q.device)
         # The largest q . k of a page: each dimension's larger product.
-        best = torch.cat((queries.clamp_min(0), queries.clamp_max(0)), -1) @ bounds.transpose(1, 2)
-        best = best.amax(1) if self.knobs.group == "kv" else best.flatten(0, 1)  # [heads, pages]
+        both = torch.cat((q[0].clamp_min(0), q[0].clamp_max(0)), -1)
+        best = cached.kernels.key_scores(both, bounds, self.places[:total])  # [Hq, pages]
+        if self.knobs.group == "kv":
+            best = best.view(self.shape.num_kv_heads, -1, total).amax(1)
         best[:, -1] = torch.inf  # the open page
-        chosen = best.topk(self.pages, sorted=False).indices.sort().values
-        index = (chosen[..., None] * page + torch.arange(page, device=q.device)).flatten(1)
+        chosen = cached.kernels.largest(best, self.pages)
+        index = (chosen[..., None] * page + self.places[:page]).flatten(1)
         return cached.attend(layer, q, index[:, : index.shape[1] - (total * page - length)])
 
     def _bounds(self, layer: int, cached: CachedTokens) -> Tensor:
-        """The bounds of all pages, up to date with the newest token."""
+        """The bounds of all pages, up to date with the newest token, and room for more."""
         if cached.dropped != self.dropped:  # other tokens lie in the pages now
             self.bounds.clear()
             self.dropped = cached.dropped
         page, total = self.knobs.page, -(-cached.length // self.knobs.page)
         known, first = self.bounds.get(layer), total - 1
-        if known is None or known.shape[1] < total:
+        if known is None or len(known) < total:
             # With room for half as many again; the last page may have been open when it was looked at.
-            first = 0 if known is None else known.shape[1] - 1
+            first = 0 if known is None else len(known) - 1
             heads, width = self.shape.num_kv_heads, 2 * self.shape.head_dim
-            grown = cached.keys(layer, cached.length).new_zeros(heads, total + total // 2 + 8, width)
+            grown = cached.keys(layer, cached.length).new_zeros(total + total // 2 + 8, heads, width)
             if known is not None:
-                grown[:, :first] = known[:, :first]
+                grown[:first] = known[:first]
             known = self.bounds[layer] = grown
         keys = cached.keys(layer, first * page)
         whole = len(keys) // page
         if whole:
             pages = keys[: whole * page].unflatten(0, (whole, page))
-            known[:, first : first + whole] = torch.cat((pages.amax(1), pages.amin(1)), -1).transpose(0, 1)
+            torch.cat((pages.amax(1), pages.amin(1)), -1, out=known[first : first + whole])
         if whole * page < len(keys):
             rest = keys[whole * page :]
-            known[:, total - 1] = torch.cat((rest.amax(0), rest.amin(0)), -1)
+            torch.cat((rest.amax(0), rest.amin(0)), -1, out=known[total - 1])
         return known

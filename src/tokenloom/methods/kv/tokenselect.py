@@ -103,12 +103,12 @@ class TokenSelectPolicy(KVPolicy):
             local = cached.length - self.n_local
             chosen = self._reused(layer, q, cached)
             if chosen is None:
-                chosen = self._choose(q, cached.keys(layer)[self.n_init : local])
+                chosen = self._choose(layer, q, cached, local)
                 self.made[layer] = (q.flatten(), chosen)
                 self.selections += 1
             return cached.attend(layer, q, self._index(chosen, local, cached.length))
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        keys, before = cached.keys(layer), cached.length - len(q)
+        before = cached.length - len(q)
         for first in range(0, len(q), self.knobs.chunk):
             rows = q[first : first + self.knobs.chunk]
             end = before + first + len(rows)
@@ -116,7 +116,7 @@ class TokenSelectPolicy(KVPolicy):
             if end <= self.knobs.budget or local - self.n_init <= self.count:
                 index = torch.arange(end, device=q.device)
             else:
-                index = self._index(self._choose(rows, keys[self.n_init : local]), local, end)
+                index = self._index(self._choose(layer, rows, cached, local), local, end)
             out[first : first + len(rows)] = cached.attend(layer, rows, index)
         return out
 
@@ -138,18 +138,27 @@ class TokenSelectPolicy(KVPolicy):
         self.reuses += 1
         return made[1]
 
-    def _choose(self, q: Tensor, keys: Tensor) -> Tensor:
-        """Candidates with the most votes, ascending `[count]`: q `[n, Hq, D]`, keys `[m, Hk, D]`."""
-        mean = q.mean(0).view(self.shape.num_kv_heads, -1, self.shape.head_dim)
-        scores = (mean @ keys.permute(1, 2, 0)).flatten(0, 1)  # [Hq, m]; Eq. 7 has no 1 / sqrt(D)
+    def _choose(self, layer: int, q: Tensor, cached: CachedTokens, local: int) -> Tensor:
+        """Of tokens `n_init .. local` those with most votes, ascending `[count]`: q `[n, Hq, D]`."""
+        mean = q[0] if len(q) == 1 else q.mean(0)
+        scores = cached.scores(layer, mean, self.n_init, local)  # Eq. 7 has no 1 / sqrt(D)
         if self.knobs.vote == "soft":
-            votes = torch.softmax(scores, -1).sum(0)
+            votes = _votes(scores)
         elif self.knobs.vote == "head":
             top = scores.topk(min(self.count, scores.shape[1])).indices
             votes = torch.zeros_like(scores).scatter_(1, top, 1).sum(0)
         elif self.knobs.vote == "topk":
             votes = scores.sum(0)
         else:
-            votes = torch.rand(scores.shape[1], generator=torch.Generator().manual_seed(len(keys)))
-        found = votes.topk(min(self.count, len(votes)), sorted=False).indices
-        return (found + self.n_init).sort().values
+            votes = torch.rand(scores.shape[1], generator=torch.Generator().manual_seed(scores.shape[1]))
+        return cached.kernels.largest(votes[None], min(self.count, len(votes)))[0] + self.n_init
+
+
+def _votes(scores: Tensor) -> Tensor:
+    """The sum of heads' softmaxes, `[m]` of `[Hq, m]`.
+
+    Less than e^-70 of the largest counts as that: torch's softmax goes on to denormal numbers, which cost
+    more than all else here.
+    """
+    weights = (scores - scores.amax(-1, keepdim=True)).clamp_min_(-70).exp_()
+    return weights.sum(-1).reciprocal_() @ weights
