@@ -23,8 +23,10 @@ from tokenloom.engine.drafting import MOST_WAIT, PROBE_AFTER, features_of
 from tokenloom.engine.latency_model import Features, LatencyModel
 from tokenloom.engine.pass_times import pass_times
 from tokenloom.engine.scheduler import Plan
+from tokenloom.errors import RequestError
 from tokenloom.methods.drafting import draft_method
 from tokenloom.methods.drafting.combination import Together
+from tokenloom.methods.drafting.draft_model import MOST_RESIDENT
 from tokenloom.methods.drafting.ngram import Ngram, NgramDrafter
 from tokenloom.models.loader import ModelFiles
 
@@ -107,6 +109,14 @@ def test_a_draft_model_of_another_vocabulary_is_refused(files: ModelFiles, tmp_p
     engine = build_engine(files, drafting__models=[str(other.path)])
     with pytest.raises(ValueError, match="vocabulary"):
         engine.add(request([1], f"draft_model(model={str(other.path)!r})"))
+
+
+def test_requests_do_not_fill_the_memory_with_draft_models(tmp_path: Path) -> None:
+    engine = build_engine(tiny_files(tmp_path, num_hidden_layers=6))
+    for layers in range(1, MOST_RESIDENT + 1):
+        engine.add(request([1], f"draft_model(layers={layers})", f"r{layers}", max_tokens=1))
+    with pytest.raises(RequestError, match="in memory already"):
+        engine.add(request([1], "draft_model(layers=5)"))
 
 
 # -- when --------------------------------------------------------------------------------------------------

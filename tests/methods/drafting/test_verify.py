@@ -160,7 +160,7 @@ def test_a_garbage_table_changes_no_answer(files: ModelFiles) -> None:
     plain = run(engine, request(prompt))[0]
     run(engine, request(prompt, "token_recycling(tree=paper80)"))
     [table] = engine.drafting.shared["token_recycling"]._tables.values()
-    table.data[:] = torch.randint(0, 288, table.data.shape, dtype=torch.int32).numpy()
+    table.cells[:] = torch.randint(0, 289, table.cells.shape, dtype=torch.int32).numpy()
     same(run(engine, request(prompt, "token_recycling(tree=paper80)"))[0], plain)
 
 

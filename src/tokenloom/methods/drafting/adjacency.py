@@ -21,7 +21,6 @@ MOST_TABLES = 32
 SAVE_EVERY_S = 30.0
 SAVE_AFTER = 64
 """Rows that must be new before a table is written again."""
-EMPTY = -1
 
 
 class Adjacency:
@@ -35,21 +34,22 @@ class Adjacency:
         self._new_rows = 0
         self._saved_s = -SAVE_EVERY_S
         stored = _read(path, vocab_size, k) if path is not None else None
-        self.data = np.full((vocab_size, k), EMPTY, np.int32) if stored is None else stored
+        # Ids plus one, so that an empty table is zeros: its memory is taken as rows are written.
+        self.cells = np.zeros((vocab_size, k), np.int32) if stored is None else stored
 
     def successors(self, token: int) -> list[int]:
         """Its k successors, the likeliest first; all -1 where none are known."""
-        found: list[int] = self.data[token].tolist()
+        found: list[int] = (self.cells[token] - 1).tolist()
         return found
 
     def update(self, tokens: list[int], top: np.ndarray) -> None:
         """Replace whole rows, top `[n, k]`; of a token that is there twice the last one stays."""
-        self.data[tokens] = top
+        self.cells[tokens] = top + 1
         self._new_rows += len(tokens)
 
     @property
     def num_bytes(self) -> int:
-        return self.data.nbytes
+        return self.cells.nbytes
 
     def save(self) -> None:
         """Write the table, in a thread, if enough is new and the last time was long enough ago."""
@@ -58,7 +58,7 @@ class Adjacency:
             return
         self._new_rows, self._saved_s = 0, now
         # Not a daemon: a process that ends right after a request still writes what it learned.
-        threading.Thread(target=_write, args=(self.path, self.data.copy())).start()
+        threading.Thread(target=_write, args=(self.path, self.cells.copy())).start()
 
 
 class Store:
@@ -89,19 +89,19 @@ class Store:
 
 def _read(path: Path, vocab_size: int, k: int) -> np.ndarray | None:
     try:
-        data = np.load(path, allow_pickle=False)
+        cells = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
-    fits = data.shape == (vocab_size, k) and data.dtype == np.int32
-    return data if fits and data.min() >= EMPTY and data.max() < vocab_size else None
+    fits = cells.shape == (vocab_size, k) and cells.dtype == np.int32
+    return cells if fits and cells.min() >= 0 and cells.max() <= vocab_size else None
 
 
-def _write(path: Path, data: np.ndarray) -> None:
+def _write(path: Path, cells: np.ndarray) -> None:
     aside = path.with_suffix(f".{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with aside.open("wb") as file:
-            np.save(file, data)
+            np.save(file, cells)
         os.replace(aside, path)
     except OSError as error:
         logger.warning("what token_recycling learned could not be stored (%s)", error)

@@ -19,6 +19,8 @@ from tokenloom.models.loader import open_model
 from tokenloom.models.weight_loader import Quantize, WeightLoader
 
 _loading = threading.Lock()  # requests are checked on threads of their own
+MOST_RESIDENT = 4
+"""Each has a cache, and requests choose."""
 CHUNK = 256
 """Rows of one pass over a text that the draft model has not read yet."""
 
@@ -75,6 +77,10 @@ class DraftModel:
         shared, key = engine.drafting.shared, ("draft_model", self.model, self.layers)
         with _loading:
             if key not in shared:
+                if sum(isinstance(kept, Resident) for kept in shared.values()) >= MOST_RESIDENT:
+                    raise ValueError(
+                        f"{MOST_RESIDENT} draft models are in memory already, and no more may be"
+                    )
                 shared[key] = Resident(self._decoder(engine), engine)
             found: Resident = shared[key]
         return found

@@ -83,8 +83,8 @@ class TokenRecycling:
     order: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
-        if not 1 <= self.k <= 64:
-            raise ValueError(f"k is {self.k}; it must be from 1 to 64")
+        if not 1 <= self.k <= 16:
+            raise ValueError(f"k is {self.k}; it must be from 1 to 16")
         for knob, values in (
             ("tree", tuple(TREES)),
             ("scope", ("adapter", "engine", "request")),
