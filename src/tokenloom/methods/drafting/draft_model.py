@@ -64,10 +64,9 @@ class DraftModel:
             raise ValueError("either model or layers must be given")
         if self.layers >= engine.config.num_layers:
             raise ValueError(f"layers is {self.layers}, and the model itself has {engine.config.num_layers}")
-        if self.model:
-            if self.model not in _allowed(engine):
-                raise ValueError(f"model {self.model!r} is not among the setting drafting.models")
-            self._resident(engine)
+        if self.model and self.model not in _allowed(engine):
+            raise ValueError(f"model {self.model!r} is not among the setting drafting.models")
+        self._resident(engine)
 
     def drafter(self, place: DraftPlace) -> Drafter:
         return Writer(self, self._resident(place.engine))
