@@ -16,7 +16,7 @@ from tokenloom.engine.request import Request
 from tokenloom.engine.sampling_params import SamplingParams
 from tokenloom.errors import RequestError
 from tokenloom.finetune.local import FinetuneResult, Rows, StepReport, finetune_folder
-from tokenloom.methods.defaults import methods_of, with_methods
+from tokenloom.methods.defaults import methods_of, with_drafter, with_methods
 from tokenloom.models.adapters import load_adapter
 from tokenloom.models.catalog import DEFAULT_MODEL
 from tokenloom.text.tokenizer import Tokenizer
@@ -63,14 +63,14 @@ class LLM:
 
     def __init__(self, model: str = DEFAULT_MODEL, **settings: Any) -> None:
         flags = {key.replace("__", ".", 1): value for key, value in settings.items()}
-        self.engine = Engine(with_methods(load_settings({"model.name": model, **flags})))
+        self.engine = with_drafter(Engine(with_methods(load_settings({"model.name": model, **flags}))))
         self._num_requests = 0
 
     @classmethod
     def from_settings(cls, settings: Settings) -> LLM:
         """A model by a settings tree that was read already."""
         llm = cls.__new__(cls)
-        llm.engine, llm._num_requests = Engine(with_methods(settings)), 0
+        llm.engine, llm._num_requests = with_drafter(Engine(with_methods(settings))), 0
         return llm
 
     @property
