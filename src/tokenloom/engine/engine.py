@@ -238,6 +238,7 @@ class Engine:
                 ready.append(sequence)
         return ready
 
+    @torch.inference_mode()
     def _drop_tokens(self, sequence: Sequence) -> None:
         """Let a sequence's policy free what it will not read again."""
         policy, cached = sequence.policy, sequence.cached

@@ -181,6 +181,31 @@ def test_blocks_in_use_after_the_prompt_are_the_budgets(files: ModelFiles, spec:
     assert engine.pool.num_used == 0
 
 
+@pytest.mark.parametrize(
+    "spec", ["snapkv(budget=24, window=8)", "snapkv(budget=24, window=8)+adakv", "streaming(budget=24)"]
+)
+def test_an_evictors_peak_is_the_prompt_and_prompts_leave_in_inference_mode(
+    files: ModelFiles, spec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, used, inferring = build_engine(files), [], []
+    allocate, copy_cells = engine.pool.allocate, engine.kv.copy_cells
+
+    def watched(*args: Any) -> int:
+        block = allocate(*args)
+        used.append(engine.pool.num_used)
+        return block
+
+    def watched_copy(source: torch.Tensor, target: torch.Tensor) -> None:
+        inferring.append(torch.is_inference_mode_enabled())
+        copy_cells(source, target)
+
+    monkeypatch.setattr(engine.pool, "allocate", watched)
+    monkeypatch.setattr(engine.kv, "copy_cells", watched_copy)
+    answer(engine, PROMPT, spec)
+    assert max(used) == -(-len(PROMPT) // BLOCK)
+    assert inferring and all(inferring)
+
+
 def test_a_stream_far_longer_than_its_budget_uses_the_same_blocks_throughout(files: ModelFiles) -> None:
     engine, seen = build_engine(files, cache__prefix_caching=False), []
     prompt = request(PROMPT, "streaming(budget=20)", max_tokens=300)

@@ -83,7 +83,7 @@ class Eviction(KVPolicy):
         """What each kv head of a layer keeps, ascending."""
         n, sinks, window = len(keys), self.scorer.sinks, self.window
         queries = self.queries.get(layer, keys.new_empty(0, self.shape.num_heads, self.shape.head_dim))
-        scores = self.scorer.score(keys, values, queries).float()
+        scores = self.scorer.score_layer(layer, keys, values, queries).float()
         if scores.shape != (self.shape.num_kv_heads, n):
             raise ValueError(f"scores are {list(scores.shape)}, expected {[self.shape.num_kv_heads, n]}")
         pinned = torch.cat((torch.arange(sinks), torch.arange(n - window, n))).to(scores.device)

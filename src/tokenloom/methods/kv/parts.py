@@ -57,6 +57,10 @@ class Scorer(Part):
             `[Hk, n]`; what it says of the first `sinks` and the last `window` tokens does not count.
         """
 
+    def score_layer(self, layer: int, keys: Tensor, values: Tensor, queries: Tensor) -> Tensor:
+        """`score`, for those to whom it matters which layer this is."""
+        return self.score(keys, values, queries)
+
 
 class LayerBudget(Part):
     """Spreads the budget over layers."""

@@ -20,7 +20,7 @@ class RandomTokens(Scorer):
     Attributes:
         budget: tokens kept of the prompt by each kv head, or the part of them.
         window, sinks: of which so many are the last, and so many the first.
-        seed: of the lot; a prompt of the same length gets the same one.
+        seed: of the lot; it is another in each layer, and the same for prompts of the same length.
     """
 
     budget: int | float = 2048
@@ -34,5 +34,8 @@ class RandomTokens(Scorer):
         at_least(0, window=self.window, sinks=self.sinks)
 
     def score(self, keys: Tensor, values: Tensor, queries: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed)
+        return self.score_layer(0, keys, values, queries)
+
+    def score_layer(self, layer: int, keys: Tensor, values: Tensor, queries: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(((self.seed << 16) + layer) % 2**63)
         return torch.rand(keys.shape[1], len(keys), generator=generator).to(keys.device)
