@@ -33,7 +33,7 @@ class Eviction(KVPolicy):
     def __post_init__(self) -> None:
         prompt = self.shape.prompt_tokens
         self.budget = tokens_of(self.scorer.budget, prompt)
-        self.window = min(self.scorer.window, prompt)
+        self.window = min(tokens_of(self.scorer.window, self.budget), prompt)
         self.last_rows = max(1, self.window)
         self.done = prompt <= max(self.budget, self.window + self.scorer.sinks)
 

@@ -38,8 +38,9 @@ class Scorer(Part):
     role = "scorer"
     budget: int | float
     """Tokens kept of the prompt by each kv head, or the part of them."""
-    window: int
-    """The last tokens of the prompt: always kept, and their queries are at hand when scores are computed."""
+    window: int | float
+    """The last tokens of the prompt, or the part of the budget that they are: always kept, and their queries
+    are at hand when scores are computed."""
     sinks: int = 0
     """The first tokens, which are always kept."""
     reads_queries = True
