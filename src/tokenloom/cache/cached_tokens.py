@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,9 @@ from tokenloom.cache.kv_cache import KVCache
 
 if TYPE_CHECKING:
     from tokenloom.kernels import Kernels
+
+CosSin = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Positions, int64 `[T]`, to the cosines and sines that turn keys there (RoPE), two float32 `[T, D / 2]`."""
 
 
 @dataclass(slots=True)
@@ -34,10 +37,13 @@ class CachedTokens:
     kept lie in `ragged`, and those that follow are counted from 0 again.
     """
 
-    def __init__(self, kv: KVCache, table: BlockTable, kernels: Kernels) -> None:
+    def __init__(
+        self, kv: KVCache, table: BlockTable, kernels: Kernels, cos_sin: CosSin | None = None
+    ) -> None:
         self.kv = kv
         self.table = table
         self.kernels = kernels
+        self.cos_sin = cos_sin
         self.length = 0
         self.dropped = 0
         """Positions less indices: how many tokens are not in the table any more."""
@@ -203,6 +209,12 @@ class CachedTokens:
         cells = self.cells(layer)[head] if self.ragged is None else self.ragged.cells[layer][head]
         self.kv.write_values(cells[: len(values)], values)
 
+    def set_keys(self, index: Tensor, keys: Tensor) -> None:
+        """Let tokens at `index`, `[n]`, have other keys in every layer, `[L, n, Hk, D]`. Their blocks must be
+        the sequence's own: they are after `keep` and `overwrite`."""
+        cells = torch.stack([self.cells(layer, index) for layer in range(self.num_layers)])
+        self.kv.write_keys(cells.flatten(), keys.transpose(1, 2).flatten(0, 2))
+
     def clear(self) -> None:
         """Give everything back."""
         if self.ragged is not None:
@@ -214,7 +226,7 @@ class CachedTokens:
 
     def fork(self, table: BlockTable) -> CachedTokens:
         """The same tokens for a sibling, whose table shares this one's blocks."""
-        other = CachedTokens(self.kv, table, self.kernels)
+        other = CachedTokens(self.kv, table, self.kernels, self.cos_sin)
         other.length, other.dropped = self.length, self.dropped
         if self.ragged is not None:
             for block in self.ragged.blocks:

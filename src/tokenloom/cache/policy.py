@@ -15,10 +15,14 @@ if TYPE_CHECKING:
 class KVPolicy:
     """One sequence's policy; this base reads everything and keeps everything.
 
-    A token's *position* is its place in the text, its *index* its place in the cache; they differ once tokens
-    have been dropped. A policy lives as long as its sequence's keys and values: after a preemption a new one
-    starts with the first row.
+    A token's *position* is its place in the text (unless `position` says otherwise), its *index* its place in
+    the cache; they differ once tokens have been dropped. A policy lives as long as its sequence's keys and
+    values: after a preemption a new one starts with the first row.
     """
+
+    holds: int | None = None
+    """After the prompt, never more tokens than this are cached, all at positions within the model's context: an
+    answer may be longer than that. None: the cache grows with the answer."""
 
     last_rows = 1
     """So many rows of the prompt, the last ones, must be computed even where the prefix cache has them."""
@@ -26,6 +30,10 @@ class KVPolicy:
     def rows(self, start: int, wanted: int, most: int) -> int:
         """How many of the `wanted` rows from position `start` the next iteration computes, at most `most`."""
         return min(wanted, most)
+
+    def position(self, start: int) -> int:
+        """The position that the token at place `start` of the text has for the model."""
+        return start
 
     def attends(self, start: int, stop: int) -> bool:
         """Whether `attend` must be called for the rows at positions `start .. stop`."""
@@ -71,6 +79,8 @@ class SequenceShape:
     head_dim: int
     model: str = ""
     """The model's name: what was measured of a model once is found by it."""
+    max_position: int = 2**31
+    """How many positions the model knows."""
 
 
 class KVMethod(Protocol):

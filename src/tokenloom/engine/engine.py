@@ -127,7 +127,8 @@ class Engine:
         if request.request_id in self.requests:
             raise RequestError(f"request id {request.request_id!r} is in use", param="request_id")
         leader = Sequence(request, 0, self.pool, self._detokenizer(request))
-        leader.govern(self.kv, self.decoder.kernels, request.shape(self.config, self.name))
+        shape = request.shape(self.config, self.name)
+        leader.govern(self.kv, self.decoder.kernels, shape, self.decoder.rope.cos_sin)
         request.sequences = [leader]
         self.requests[request.request_id] = request
         self.scheduler.add(leader)
@@ -195,7 +196,7 @@ class Engine:
             plan.rows = dict(sorted(plan.rows.items(), key=lambda item: _adapter_version(item[0])))
         builder = BatchBuilder(self.device)
         for sequence, rows in plan.rows.items():
-            start = sequence.num_computed
+            start, policy, cached = sequence.num_computed, sequence.policy, sequence.cached
             samples = start + rows == len(sequence.tokens) and _generates(sequence)
             first = builder.add(
                 SegmentKind.DECODE if sequence.num_output and rows == 1 else SegmentKind.PREFILL,
@@ -205,9 +206,8 @@ class Engine:
                 block_size=self.pool.block_size,
                 contiguous=sequence.table.contiguous,
                 logits="last" if samples else "none",
-                position=start,
+                position=start if policy is None else policy.position(start),
             )
-            policy, cached = sequence.policy, sequence.cached
             if policy is not None and cached is not None:
                 cached.start, cached.length = start, sequence.kv_start + rows
                 if policy.attends(start, start + rows) or cached.ragged is not None:
@@ -359,9 +359,15 @@ class Engine:
 
     def _max_output(self, request: Request) -> int:
         """Most tokens that a choice may have: what was asked, what the context and the KV pool hold."""
-        pool_tokens = self.pool.num_blocks * self.pool.block_size
-        room = min(self.max_model_len, pool_tokens) - len(request.prompt)
-        return room if request.params.max_tokens is None else min(request.params.max_tokens, room)
+        asked, prompt = request.params.max_tokens, len(request.prompt)
+        pool_tokens, policy = self.pool.num_blocks * self.pool.block_size, request.sequences[0].policy
+        holds = None if policy is None else policy.holds
+        if holds is not None and asked is not None and max(holds, prompt) < pool_tokens:
+            # Nothing that it needs grows, so it ends where it was asked to (or where the settings say).
+            limit = self.settings.model.max_model_len
+            return min(asked, limit - prompt) if limit else asked
+        room = min(self.max_model_len, pool_tokens) - prompt
+        return room if asked is None else min(asked, room)
 
     # -- the end of a request ---------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import torch
 
 from tokenloom.cache.block_pool import BlockPool
 from tokenloom.cache.block_table import BlockTable, block_digest, root_digest
-from tokenloom.cache.cached_tokens import CachedTokens
+from tokenloom.cache.cached_tokens import CachedTokens, CosSin
 from tokenloom.cache.kv_cache import KVCache
 from tokenloom.cache.policy import KVMethod, KVPolicy, SequenceShape
 from tokenloom.engine.adapters import LoadedAdapter
@@ -66,6 +66,7 @@ class Request:
             config.num_kv_heads,
             config.head_dim,
             model,
+            config.max_position,
         )
 
     @property
@@ -111,6 +112,14 @@ class Sequence:
     def kv_start(self) -> int:
         """Index in the table of the next token to compute: its position, less what was dropped."""
         return self.num_computed - (self.cached.dropped if self.cached is not None else 0)
+
+    @property
+    def most_cached(self) -> int:
+        """How many tokens must fit into the pool at a time for all of them to be computed."""
+        most = len(self.tokens)
+        if self.policy is not None and self.policy.holds is not None:
+            most = min(most, max(len(self.request.prompt), self.policy.holds) + 1)
+        return most
 
     @property
     def blocks(self) -> list[int]:
@@ -169,12 +178,12 @@ class Sequence:
         for i in range(computed_before // size, end // size):
             self.table.pool.publish(self.table.blocks[i], self.digest(i))
 
-    def govern(self, kv: KVCache, kernels: Kernels, shape: SequenceShape) -> None:
+    def govern(self, kv: KVCache, kernels: Kernels, shape: SequenceShape, cos_sin: CosSin) -> None:
         """Put the sequence under its request's KV method, before its first row."""
         if self.request.kv is not None:
             self.shape = shape
             self.policy = self.request.kv.policy(shape)
-            self.cached = CachedTokens(kv, self.table, kernels)
+            self.cached = CachedTokens(kv, self.table, kernels, cos_sin)
 
     def release_kv(self) -> None:
         """Give all blocks back."""

@@ -126,9 +126,9 @@ class Scheduler:
                 hits = sequence.match_prefix()
             else:
                 hits = 0
-            while sequence.table.missing(len(sequence.tokens)) > self.pool.num_available and self.reclaim():
+            while sequence.table.missing(sequence.most_cached) > self.pool.num_available and self.reclaim():
                 continue
-            if sequence.table.missing(len(sequence.tokens)) > self.pool.num_available:
+            if sequence.table.missing(sequence.most_cached) > self.pool.num_available:
                 sequence.release_kv()
                 return  # first come, first served: nobody overtakes
             self.waiting.remove(sequence)

@@ -245,7 +245,7 @@ def test_a_method_that_watches_and_leaves_all_as_it_is_costs_no_bit(files: Model
             return
 
         def policy(self, shape: SequenceShape) -> KVPolicy:
-            assert shape == SequenceShape(90, 12, 3, 4, 2, 16, "tiny-llama")
+            assert shape == SequenceShape(90, 12, 3, 4, 2, 16, "tiny-llama", 512)
             return Watcher()
 
     for backend, flags in BACKENDS.items():

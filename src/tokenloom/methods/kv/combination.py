@@ -74,11 +74,15 @@ class Together(KVPolicy):
     def __init__(self, policies: Sequence[KVPolicy]) -> None:
         self.policies = policies
         self.last_rows = max((p.last_rows for p in policies), default=1)
+        self.holds = next((p.holds for p in policies if p.holds is not None), None)
 
     def rows(self, start: int, wanted: int, most: int) -> int:
         for policy in self.policies:
             wanted = policy.rows(start, wanted, most)
         return min(wanted, most)
+
+    def position(self, start: int) -> int:
+        return next((at for p in self.policies if (at := p.position(start)) != start), start)
 
     def attends(self, start: int, stop: int) -> bool:
         return any(policy.attends(start, stop) for policy in self.policies)
