@@ -21,7 +21,7 @@ class KVPolicy:
     """
 
     holds: int | None = None
-    """After the prompt, never more tokens than this are cached, all at positions within the model's context: an
+    """After the prompt, never more tokens than this are cached, all at positions within the context: an
     answer may be longer than that. None: the cache grows with the answer."""
 
     last_rows = 1
