@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 class KVPolicy:
     """One sequence's policy; this base reads everything and keeps everything.
 
-    A token's *position* is its place in the text (unless `position` says otherwise), its *index* its place in
+    A token's *position* is its place in the text (or what `seen_at` says), its *index* its place in
     the cache; they differ once tokens have been dropped. A policy lives as long as its sequence's keys and
     values: after a preemption a new one starts with the first row.
     """
@@ -24,6 +25,9 @@ class KVPolicy:
     """After the prompt, never more tokens than this are cached, all at positions within the context: an
     answer may be longer than that. None: the cache grows with the answer."""
 
+    compact = False
+    """Whether what `seen_at` says stays within the model's context however long prompt and answer are."""
+
     last_rows = 1
     """So many rows of the prompt, the last ones, must be computed even where the prefix cache has them."""
 
@@ -31,9 +35,9 @@ class KVPolicy:
         """How many of the `wanted` rows from position `start` the next iteration computes, at most `most`."""
         return min(wanted, most)
 
-    def position(self, start: int) -> int:
-        """The position that the token at place `start` of the text has for the model."""
-        return start
+    def seen_at(self, start: int, rows: int) -> Sequence[int]:
+        """Where the model sees tokens at places `start .. start + rows` of the text."""
+        return range(start, start + rows)
 
     def attends(self, start: int, stop: int) -> bool:
         """Whether `attend` must be called for the rows at positions `start .. stop`."""

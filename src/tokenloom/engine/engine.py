@@ -12,6 +12,7 @@ from torch import Tensor
 from tokenloom.batch import Batch, BatchBuilder, SegmentKind
 from tokenloom.cache.block_pool import BlockPool, OutOfBlocks
 from tokenloom.cache.kv_cache import KVCache, bytes_per_token, default_pool_bytes
+from tokenloom.cache.policy import KVPolicy
 from tokenloom.config import Settings
 from tokenloom.engine.adapters import AdapterRegistry
 from tokenloom.engine.coserve import Coserver
@@ -206,7 +207,7 @@ class Engine:
                 block_size=self.pool.block_size,
                 contiguous=sequence.table.contiguous,
                 logits="last" if samples else "none",
-                position=start if policy is None else policy.position(start),
+                positions=None if policy is None else policy.seen_at(start, rows),
             )
             if policy is not None and cached is not None:
                 cached.start, cached.length = start, sequence.kv_start + rows
@@ -360,14 +361,21 @@ class Engine:
     def _max_output(self, request: Request) -> int:
         """Most tokens that a choice may have: what was asked, what the context and the KV pool hold."""
         asked, prompt = request.params.max_tokens, len(request.prompt)
-        pool_tokens, policy = self.pool.num_blocks * self.pool.block_size, request.sequences[0].policy
-        holds = None if policy is None else policy.holds
-        if holds is not None and asked is not None and max(holds, prompt) < pool_tokens:
-            # Nothing that it needs grows, so it ends where it was asked to (or where the settings say).
-            limit = self.settings.model.max_model_len
-            return min(asked, limit - prompt) if limit else asked
-        room = min(self.max_model_len, pool_tokens) - prompt
+        context, pool_tokens = self.max_model_len, self.pool.num_blocks * self.pool.block_size
+        policy = request.sequences[0].policy
+        if policy is not None:
+            context = self.context(policy)
+            if policy.holds is not None and asked is not None and max(policy.holds, prompt) < pool_tokens:
+                # Nothing that it needs grows: it ends where it was asked to.
+                return min(asked, (self.settings.model.max_model_len or asked + prompt) - prompt)
+        room = min(context, pool_tokens) - prompt
         return room if asked is None else min(asked, room)
+
+    def context(self, policy: KVPolicy | None) -> int:
+        """Most tokens of a prompt and its answer together."""
+        if policy is None or not policy.compact:
+            return self.max_model_len
+        return self.settings.model.max_model_len or self.pool.num_blocks * self.pool.block_size
 
     # -- the end of a request ---------------------------------------------------------------------------
 

@@ -60,7 +60,7 @@ class Request:
         most = self.params.max_tokens
         return SequenceShape(
             len(self.prompt),
-            config.max_position - len(self.prompt) if most is None else most,
+            max(0, config.max_position - len(self.prompt)) if most is None else most,
             config.num_layers,
             config.num_heads,
             config.num_kv_heads,

@@ -78,11 +78,6 @@ class TeacherEngine(Engine):
         """
         self.pool.forget_prefixes()
         count = new_tokens if given is None else len(given)
-        if len(prompt) + count > self.max_model_len:
-            raise RequestError(
-                f"a prompt of {len(prompt)} tokens and {count} more do not fit the context of "
-                f"{self.max_model_len} tokens"
-            )
         params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
         request = Request("teacher", prompt, params, kv=method)
         run = Run()
@@ -90,6 +85,12 @@ class TeacherEngine(Engine):
         self._blocks_before = self._most_blocks = self.pool.num_used
         self.add(request)
         sequence = request.sequences[0]
+        if self._max_output(request) < count:
+            self.abort(request.request_id)
+            raise RequestError(
+                f"a prompt of {len(prompt)} tokens and {count} more do not fit the context of "
+                f"{self.context(sequence.policy)} tokens"
+            )
         reads = _Reads(sequence, self.config.num_layers, self.config.num_kv_heads)
         start = time.perf_counter()
         try:

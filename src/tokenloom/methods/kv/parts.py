@@ -22,6 +22,10 @@ class Part(ABC):
         """One part that does what both do, where they have the same role; None: they exclude each other."""
         return None
 
+    def excludes(self) -> Mapping[str, str]:
+        """`conflicts`, for those whose knobs decide."""
+        return self.conflicts
+
     def check(self, max_batch_tokens: int, max_running: int, quantized: bool) -> None:
         """Raise ValueError where an engine with these settings cannot run it."""
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -93,9 +94,11 @@ class CachePositions(StreamingPolicy):
         self.shift = 0  # of the window: its places in the text less its positions
         self.first: Tensor | None = None  # keys of the first tokens as they were stored, [L, sinks, Hk, D]
 
-    def position(self, start: int) -> int:
+    def seen_at(self, start: int, rows: int) -> Sequence[int]:
+        if start < self.shape.prompt_tokens:
+            return range(start, start + rows)
         # Where blocks are short at the very end, a few rows wait for the move at the last position.
-        return min(start - self.shift, self.shape.max_position - 1)
+        return [min(start - self.shift, self.shape.max_position - 1)]
 
     def drop(self, cached: CachedTokens) -> None:
         if self.first is None and self.sinks and cached.length > self.budget:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +11,11 @@ from torch.nn import functional as F
 
 from tokenloom.cache.cached_tokens import CachedTokens
 from tokenloom.cache.policy import KVPolicy, SequenceShape
+from tokenloom.errors import RequestError
 from tokenloom.methods.kv.budget import at_least, one_of
+from tokenloom.methods.kv.causal_logits import causal_logits
 from tokenloom.methods.kv.parts import Selector
+from tokenloom.methods.kv.rotation import turned
 from tokenloom.methods.registry import method
 
 
@@ -37,6 +41,9 @@ class TokenSelect(Selector):
         vote: soft: the sum of heads' softmaxes (the paper's). head: of heads' top tokens. topk: of raw
             scores. random: by lot, for comparison.
         prefill: whether prompts choose, or decoding alone.
+        positions: original: tokens stay where they stand in the text. compact: what a row reads stands side
+            by side (the paper's code), so that prompts may be longer than the model's context; keys are then
+            stored without RoPE, and prompts must choose.
     """
 
     budget: int = 2688
@@ -46,12 +53,16 @@ class TokenSelect(Selector):
     theta: float = 0.9
     vote: str = "soft"
     prefill: bool = True
+    positions: str = "original"
 
     def __post_init__(self) -> None:
         at_least(8, budget=self.budget)
         at_least(1, chunk=self.chunk)
         at_least(-1, n_init=self.n_init, n_local=self.n_local)
         one_of(("soft", "head", "topk", "random"), vote=self.vote)
+        one_of(("original", "compact"), positions=self.positions)
+        if self.positions == "compact" and not self.prefill:
+            raise ValueError("positions=compact needs prefill=True: all of a prompt would be read otherwise")
         if self.n_init + max(1, self.n_local) >= self.budget:
             raise ValueError("n_init and n_local leave nothing of the budget to choose")
 
@@ -66,7 +77,14 @@ class TokenSelect(Selector):
     def changes_prompt(self) -> bool:
         return self.prefill
 
+    def excludes(self) -> Mapping[str, str]:
+        if self.positions == "original":
+            return {}
+        return {"scorer": "positions=compact stores keys without RoPE, and scores need it"}
+
     def policy(self, shape: SequenceShape) -> KVPolicy:
+        if self.positions == "compact":
+            return CompactPolicy(self, shape)
         return TokenSelectPolicy(self, shape)
 
 
@@ -103,10 +121,10 @@ class TokenSelectPolicy(KVPolicy):
             local = cached.length - self.n_local
             chosen = self._reused(layer, q, cached)
             if chosen is None:
-                chosen = self._choose(q, cached.keys(layer)[self.n_init : local])
+                chosen = self._choose(q, cached.keys(layer)[self.n_init : local], cached)
                 self.made[layer] = (q.flatten(), chosen)
                 self.selections += 1
-            return cached.attend(layer, q, self._index(chosen, local, cached.length))
+            return self._read(layer, q, self._index(chosen, local, cached.length), cached)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         keys, before = cached.keys(layer), cached.length - len(q)
         for first in range(0, len(q), self.knobs.chunk):
@@ -116,9 +134,12 @@ class TokenSelectPolicy(KVPolicy):
             if end <= self.knobs.budget or local - self.n_init <= self.count:
                 index = torch.arange(end, device=q.device)
             else:
-                index = self._index(self._choose(rows, keys[self.n_init : local]), local, end)
-            out[first : first + len(rows)] = cached.attend(layer, rows, index)
+                index = self._index(self._choose(rows, keys[self.n_init : local], cached), local, end)
+            out[first : first + len(rows)] = self._read(layer, rows, index, cached)
         return out
+
+    def _read(self, layer: int, q: Tensor, index: Tensor, cached: CachedTokens) -> Tensor:
+        return cached.attend(layer, q, index)
 
     def _index(self, chosen: Tensor, local: int, end: int) -> Tensor:
         device = chosen.device
@@ -138,7 +159,7 @@ class TokenSelectPolicy(KVPolicy):
         self.reuses += 1
         return made[1]
 
-    def _choose(self, q: Tensor, keys: Tensor) -> Tensor:
+    def _choose(self, q: Tensor, keys: Tensor, cached: CachedTokens) -> Tensor:
         """Candidates with the most votes, ascending `[count]`: q `[n, Hq, D]`, keys `[m, Hk, D]`."""
         mean = q.mean(0).view(self.shape.num_kv_heads, -1, self.shape.head_dim)
         scores = (mean @ keys.permute(1, 2, 0)).flatten(0, 1)  # [Hq, m]; Eq. 7 has no 1 / sqrt(D)
@@ -153,3 +174,65 @@ class TokenSelectPolicy(KVPolicy):
             votes = torch.rand(scores.shape[1], generator=torch.Generator().manual_seed(len(keys)))
         found = votes.topk(min(self.count, len(votes)), sorted=False).indices
         return (found + self.n_init).sort().values
+
+
+class CompactPolicy(TokenSelectPolicy):
+    """Keys are stored as at position 0, where RoPE leaves them as they are; each read turns what it reads.
+
+    So no position is larger than what a row reads is long, wherever in a text it stands. A candidate's score
+    is what it would be right before the local tokens. A request that fits into the budget is plain attention.
+    """
+
+    compact = True
+
+    def __init__(self, knobs: TokenSelect, shape: SequenceShape) -> None:
+        super().__init__(knobs, shape)
+        self.dense = shape.prompt_tokens + shape.max_tokens <= knobs.budget
+        read = self.n_init + self.count + max(self.n_local, knobs.chunk)
+        if not self.dense and read > shape.max_position:
+            raise RequestError(
+                f"kv: tokenselect: a row reads up to {read} tokens (budget, chunk), but the model's context "
+                f"is {shape.max_position}",
+                param="kv",
+            )
+
+    def seen_at(self, start: int, rows: int) -> Sequence[int]:
+        return range(start, start + rows) if self.dense else [0] * rows
+
+    def attends(self, start: int, stop: int) -> bool:
+        return not self.dense
+
+    def shared_tokens(self, prompt_tokens: int) -> int:
+        # Requests of one spec share blocks, and those that fit into the budget store other keys.
+        return 0 if self.dense else super().shared_tokens(prompt_tokens)
+
+    def attend(self, layer: int, q: Tensor, cached: CachedTokens) -> Tensor:
+        attended = super().attend(layer, q, cached)
+        if attended is not None:
+            return attended
+        return self._read(layer, q, torch.arange(cached.length, device=q.device), cached)
+
+    def _read(self, layer: int, q: Tensor, index: Tensor, cached: CachedTokens) -> Tensor:
+        """Causal attention of q over these tokens, the rows' own last, at positions 0, 1, 2, ..."""
+        n, m = len(q), len(index)
+        keys, values = cached.kv.read_cells(cached.cells(layer, index), q.dtype)  # [Hk, m, D]
+        cached.tokens_read += keys[..., 0].numel()
+        at = torch.arange(m, device=q.device)
+        keys = self._turned(keys.transpose(0, 1), at, cached)
+        q, out = self._turned(q, at[m - n :], cached), torch.empty_like(q)
+        for first, logits in causal_logits(q, keys):
+            count, seen = logits.shape[2:]
+            paid = torch.softmax(logits, -1).flatten(1, 2)  # [Hk, G * count, seen]
+            read = paid @ values[:, :seen].to(paid.dtype)
+            read = read.unflatten(1, (-1, count)).permute(2, 0, 1, 3)
+            out[first : first + count] = read.flatten(1, 2).to(out.dtype)
+        return out
+
+    def _choose(self, q: Tensor, keys: Tensor, cached: CachedTokens) -> Tensor:
+        at = torch.arange(self.n_local, self.n_local + len(q), device=q.device)
+        return super()._choose(self._turned(q, at, cached), keys, cached)
+
+    @staticmethod
+    def _turned(x: Tensor, at: Tensor, cached: CachedTokens) -> Tensor:
+        assert cached.cos_sin is not None
+        return turned(x, torch.zeros_like(at), at, cached.cos_sin).to(x.dtype)
