@@ -1,5 +1,5 @@
-"""Beyond a model's context: nats per token of text, by position, with dense attention at original positions and
-with `tokenselect(positions=compact)` (arXiv 2411.02886).
+"""Beyond a model's context: nats per token of text, by length, of dense attention at original positions
+and of `tokenselect(positions=compact)` (arXiv 2411.02886).
 
     python benchmarks/extrapolation.py --lengths 4000,8000,10000,12000
 

@@ -25,6 +25,9 @@ class KVPolicy:
     """After the prompt, never more tokens than this are cached, all at positions within the context: an
     answer may be longer than that. None: the cache grows with the answer."""
 
+    heeds_context = False
+    """Whether it matters to this policy where the shape's `context_tokens` end."""
+
     compact = False
     """Whether what `seen_at` says stays within the model's context however long prompt and answer are."""
 
@@ -85,6 +88,14 @@ class SequenceShape:
     """The model's name: what was measured of a model once is found by it."""
     max_position: int = 2**31
     """How many positions the model knows."""
+    compress_upto: int | None = None
+    """What is dropped of the prompt is chosen among so many first tokens, once these are computed, before the
+    rest of it is; None: among all, once all are."""
+
+    @property
+    def context_tokens(self) -> int:
+        """How many tokens of the prompt are computed before anything is dropped of it."""
+        return self.prompt_tokens if self.compress_upto is None else self.compress_upto
 
 
 class KVMethod(Protocol):

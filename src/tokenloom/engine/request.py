@@ -34,6 +34,8 @@ class Request:
     cache_salt: str | None = None
     adapter: LoadedAdapter | None = None
     kv: KVMethod | None = None
+    compress_upto: int | None = None
+    """So many first tokens of the prompt are what `kv` compresses, before the others are computed."""
     arrival_s: float = field(default_factory=time.monotonic)
 
     sequences: list[Sequence] = field(default_factory=list)
@@ -67,6 +69,7 @@ class Request:
             config.head_dim,
             model,
             config.max_position,
+            self.compress_upto,
         )
 
     @property

@@ -23,6 +23,17 @@ def validate(engine: Engine, request: Request) -> None:
         scheduler = engine.settings.scheduler
         request.kv.check(scheduler.max_batch_tokens, scheduler.max_running, engine.kv.quantized)
         policy = request.kv.policy(request.shape(engine.config, engine.name))  # RequestError if it cannot be
+    if request.compress_upto is not None:
+        if policy is None or not policy.heeds_context:
+            raise RequestError(
+                "compress_upto: needs a kv method that compresses a prompt once, such as snapkv",
+                param="compress_upto",
+            )
+        if not 1 <= request.compress_upto <= len(prompt):
+            raise RequestError(
+                f"compress_upto: it is {request.compress_upto}; the prompt has {len(prompt)} tokens",
+                param="compress_upto",
+            )
     context = engine.context(policy)
     generated = 0 if request.kind == "embed" else min(1, params.max_tokens or 1)
     if len(prompt) + generated > context:

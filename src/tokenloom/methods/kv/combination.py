@@ -74,6 +74,7 @@ class Together(KVPolicy):
     def __init__(self, policies: Sequence[KVPolicy]) -> None:
         self.policies = policies
         self.last_rows = max((p.last_rows for p in policies), default=1)
+        self.heeds_context = any(p.heeds_context for p in policies)
         self.compact = any(p.compact for p in policies)
         self.holds = next((p.holds for p in policies if p.holds is not None), None)
 
