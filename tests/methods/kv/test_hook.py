@@ -45,6 +45,7 @@ SMALL = [
     "quest(budget=12, page=4, dense_layers=1)",
     "quest(budget=12, page=4, dense_layers=0, group=q)",
     "tokenselect(budget=24, n_init=2, chunk=8, theta=1.0)",
+    "tokenselect(budget=0.25, n_init=2, chunk=8, theta=1.0)",
     "tokenselect(budget=24, n_init=2, chunk=8, prefill=False)",
     "keydiff(budget=60, window=8)+quest(budget=12, page=4, dense_layers=0)",
 ]

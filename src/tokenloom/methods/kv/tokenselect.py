@@ -12,11 +12,14 @@ from torch.nn import functional as F
 from tokenloom.cache.cached_tokens import CachedTokens
 from tokenloom.cache.policy import KVPolicy, SequenceShape
 from tokenloom.errors import RequestError
-from tokenloom.methods.kv.budget import at_least, one_of
+from tokenloom.methods.kv.budget import at_least, check_budget, one_of, tokens_of
 from tokenloom.methods.kv.causal_logits import causal_logits
 from tokenloom.methods.kv.parts import Selector
 from tokenloom.methods.kv.rotation import turned
 from tokenloom.methods.registry import method
+
+LEAST = 8
+"""Fewer tokens are no budget."""
 
 
 @method(
@@ -32,7 +35,7 @@ class TokenSelect(Selector):
     """One set of tokens for a layer's heads: the first, the last, and those with the most votes (Section 4).
 
     Attributes:
-        budget: tokens that a row reads in each layer, all together.
+        budget: tokens that a row reads in each layer, all together, or the part of the prompt.
         n_init: of which so many are the first; -1: a sixteenth, at most 128 (the paper's).
         n_local: and so many the last; -1: a quarter, at most 512 (the paper's).
         chunk: rows of a prompt that choose together, by their mean query; the paper's is 512.
@@ -46,7 +49,7 @@ class TokenSelect(Selector):
             stored without RoPE, and prompts must choose.
     """
 
-    budget: int = 2688
+    budget: int | float = 2688
     n_init: int = -1
     n_local: int = -1
     chunk: int = 256
@@ -56,14 +59,16 @@ class TokenSelect(Selector):
     positions: str = "original"
 
     def __post_init__(self) -> None:
-        at_least(8, budget=self.budget)
+        check_budget(self.budget)
+        if self.budget >= 1:
+            at_least(LEAST, budget=tokens_of(self.budget, LEAST))
         at_least(1, chunk=self.chunk)
         at_least(-1, n_init=self.n_init, n_local=self.n_local)
         one_of(("soft", "head", "topk", "random"), vote=self.vote)
         one_of(("original", "compact"), positions=self.positions)
         if self.positions == "compact" and not self.prefill:
             raise ValueError("positions=compact needs prefill=True: all of a prompt would be read otherwise")
-        if self.n_init + max(1, self.n_local) >= self.budget:
+        if self.budget > 1 and self.n_init + max(1, self.n_local) >= self.budget:
             raise ValueError("n_init and n_local leave nothing of the budget to choose")
 
     def check(self, max_batch_tokens: int, max_running: int, quantized: bool) -> None:
@@ -93,9 +98,12 @@ class TokenSelectPolicy(KVPolicy):
 
     def __init__(self, knobs: TokenSelect, shape: SequenceShape) -> None:
         self.knobs, self.shape = knobs, shape
-        self.n_init = min(128, knobs.budget // 16) if knobs.n_init < 0 else knobs.n_init
-        self.n_local = min(512, knobs.budget // 4) if knobs.n_local < 0 else max(1, knobs.n_local)
-        self.count = knobs.budget - self.n_init - self.n_local
+        self.budget = max(LEAST, tokens_of(knobs.budget, shape.prompt_tokens))
+        self.n_init = min(128, self.budget // 16) if knobs.n_init < 0 else knobs.n_init
+        self.n_local = min(512, self.budget // 4) if knobs.n_local < 0 else max(1, knobs.n_local)
+        # Of a short prompt's part the first and last may leave nothing: then these make the budget.
+        self.count = max(1, self.budget - self.n_init - self.n_local)
+        self.budget = self.n_init + self.n_local + self.count
         self.made: dict[int, tuple[Tensor, Tensor]] = {}
         self.dropped = 0
         self.selections = self.reuses = 0
@@ -109,13 +117,17 @@ class TokenSelectPolicy(KVPolicy):
         return n if start + n == prompt or not self.knobs.prefill else n // chunk * chunk
 
     def attends(self, start: int, stop: int) -> bool:
-        return start >= self.shape.prompt_tokens or (self.knobs.prefill and stop > self.knobs.budget)
+        return start >= self.shape.prompt_tokens or (self.knobs.prefill and stop > self.budget)
 
     def shared_tokens(self, prompt_tokens: int) -> int:
-        return prompt_tokens // self.knobs.chunk * self.knobs.chunk if self.knobs.prefill else prompt_tokens
+        if not self.knobs.prefill:
+            return prompt_tokens
+        if isinstance(self.knobs.budget, float):
+            return 0  # prompts of other lengths have other budgets
+        return prompt_tokens // self.knobs.chunk * self.knobs.chunk
 
     def attend(self, layer: int, q: Tensor, cached: CachedTokens) -> Tensor | None:
-        if cached.length <= self.knobs.budget:
+        if cached.length <= self.budget:
             return None
         if cached.start >= self.shape.prompt_tokens:
             local = cached.length - self.n_local
@@ -131,7 +143,7 @@ class TokenSelectPolicy(KVPolicy):
             rows = q[first : first + self.knobs.chunk]
             end = before + first + len(rows)
             local = end - max(self.n_local, len(rows))
-            if end <= self.knobs.budget or local - self.n_init <= self.count:
+            if end <= self.budget or local - self.n_init <= self.count:
                 index = torch.arange(end, device=q.device)
             else:
                 index = self._index(self._choose(rows, keys[self.n_init : local], cached), local, end)
@@ -187,7 +199,7 @@ class CompactPolicy(TokenSelectPolicy):
 
     def __init__(self, knobs: TokenSelect, shape: SequenceShape) -> None:
         super().__init__(knobs, shape)
-        self.dense = shape.prompt_tokens + shape.max_tokens <= knobs.budget
+        self.dense = shape.prompt_tokens + shape.max_tokens <= self.budget
         read = self.n_init + self.count + max(self.n_local, knobs.chunk)
         if not self.dense and read > shape.max_position:
             raise RequestError(
