@@ -5,8 +5,9 @@
 
 A prompt is `--pairs` pairs of a key and a value; after it come some keys, and each has to bring back its
 value (teacher-forced, through the engine). Selectors should hold; whoever drops before the question is known
-falls in proportion to the budget; with the keys in the prompt's last tokens (`asked first`), scorers that look
-there hold too. Writes results.json and accuracy.png. (FASA is left out: it is calibrated by a model of text.)
+falls in proportion to the budget; with the keys among the prompt's last tokens (`asked first`), scorers that
+look there hold too. Writes results.json and accuracy.png. (FASA is left out:
+it is calibrated by a model of text.)
 """
 
 from __future__ import annotations
@@ -118,11 +119,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--output", type=Path, default=Path("results/kv-retrieval"))
     args = parser.parse_args()
-    if not 1 <= args.questions <= args.pairs <= 128 or 3 * args.pairs + 3 * args.questions > CONTEXT:
+    if not 1 <= args.questions <= args.pairs <= 128 or 5 * args.pairs + 3 > CONTEXT:
         parser.error("--questions is at most --pairs, and that at most 128")
     trained = None
     if args.model is None:
-        model, trained = train(args.train_seconds, args.pairs, args.questions, seed=args.seed)
+        model, trained = train(args.train_seconds, args.pairs, seed=args.seed)
         args.model = save(model, args.output / "model")
         print(f"trained: {trained:.3f} of the values found in its last batches of {args.pairs} pairs")
     settings = load_settings({"model.name": str(args.model), "model.quantize": "none", "cache.block_size": 1})

@@ -7,7 +7,6 @@ of them, and those keys again with their values. The loss is at every key behind
 from __future__ import annotations
 
 import json
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,29 +31,33 @@ class Recall:
     told: list[int]
 
 
+def draw(size: int, pairs: int, questions: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Keys and values, in each row different keys, `[size, pairs, 2]`, and those asked for, `[size, m, 2]`."""
+    keys = torch.rand(size, len(KEYS), generator=generator).argsort(1)[:, :pairs]
+    values = torch.randint(VALUES.start, VALUES.stop, (size, pairs), generator=generator)
+    some = torch.rand(size, pairs, generator=generator).argsort(1)[:, :questions]
+    both = torch.stack((keys, values), 2)
+    return both, both.gather(1, some[..., None].expand(-1, -1, 2))
+
+
 def sample(pairs: int, questions: int, generator: torch.Generator) -> Recall:
     """Pairs of different keys, and questions for some of them."""
-    keys = torch.randperm(len(KEYS), generator=generator)[:pairs]
-    values = torch.randint(VALUES.start, VALUES.stop, (pairs,), generator=generator)
-    some = torch.randperm(pairs, generator=generator)[:questions]
-    both = torch.stack((keys, values), 1)
-    return Recall(
-        [BOS, *both.flatten().tolist()],
-        [ASK, *keys[some].tolist(), TELL],
-        both[some].flatten().tolist(),
-    )
+    both, some = (part[0] for part in draw(1, pairs, questions, generator))
+    return Recall([BOS, *both.flatten().tolist()], [ASK, *some[:, 0].tolist(), TELL], some.flatten().tolist())
 
 
 def batch(size: int, pairs: int, questions: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Tokens `[size, n]`, and for each what should be found there, -100 where nothing is."""
-    tokens, labels = [], []
-    for _ in range(size):
-        one = sample(pairs, questions, generator)
-        values = one.told[1::2]
-        tokens.append(one.context + one.asked + one.told)
-        told = [label for value in values for label in (value, -100)]
-        labels.append([-100] * (len(one.context) + 1) + values + [-100] + told)
-    return torch.tensor(tokens), torch.tensor(labels)
+    both, some = draw(size, pairs, questions, generator)
+
+    def all_of(token: int, count: int = 1) -> Tensor:
+        return torch.full((size, count), token)
+
+    asked, found = some[..., 0], some[..., 1]
+    tokens = (all_of(BOS), both.flatten(1), all_of(ASK), asked, all_of(TELL), some.flatten(1))
+    told = torch.stack((found, torch.full_like(found, -100)), 2).flatten(1)
+    labels = (all_of(-100, 2 * pairs + 2), found, all_of(-100), told)
+    return torch.cat(tokens, 1), torch.cat(labels, 1)
 
 
 class Layer(nn.Module):
@@ -121,23 +124,29 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def train(
-    seconds: float, pairs: int, questions: int, *, size: int = 32, rate: float = 2e-3, seed: int = 0
+    seconds: float, pairs: int, *, enough: float = 0.98, rows: int = 6000, rate: float = 2e-3, seed: int = 0
 ) -> tuple[RecallModel, float]:
-    """Train for so long, on contexts that grow as recall succeeds.
+    """Train on contexts that grow as recall succeeds, until enough is found in those of full length.
+
+    Every pair is asked for, so that most of a sequence teaches.
+
+    Args:
+        seconds: the longest that it may take.
+        rows: tokens of a batch.
 
     Returns:
-        The model, and the part of values that it found in its last hundred batches of full length (0.0 where
-        it never came to those).
+        The model, and the part of values that it found in its last batches of full length (0.0 where it never
+        came to those).
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = RecallModel()
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
-    start, step, now, found, full = time.monotonic(), 0, min(4, pairs), 0.0, list[float]()
-    while (spent := (time.monotonic() - start) / seconds) < 1:
-        tokens, labels = batch(size, now, min(questions, now), generator)
+    start, step, now, found = time.monotonic(), 0, min(4, pairs), 0.0
+    while (spent := (time.monotonic() - start) / seconds) < 1 and (now < pairs or found < enough):
+        tokens, labels = batch(max(4, rows // (5 * now + 3)), now, now, generator)
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, (step + 1) / 100) * (0.05 + 0.475 * (1 + math.cos(math.pi * spent)))
+            group["lr"] = rate * min(1.0, (step + 1) / 50) * min(1.0, 4 * (1 - spent) + 0.02)
         logits = model(tokens)
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
         optimizer.zero_grad()
@@ -145,17 +154,14 @@ def train(
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         where = labels != -100
-        right = float((logits.argmax(-1)[where] == labels[where]).float().mean())
-        found = 0.95 * found + 0.05 * right
-        if now == pairs:
-            full.append(right)
-        elif found > 0.9:
+        right = float((logits.detach().argmax(-1)[where] == labels[where]).float().mean())
+        found = 0.9 * found + 0.1 * right
+        if found > 0.9 and now < pairs:
             now, found = min(pairs, now * 2), 0.0
         step += 1
-        if step % 100 == 0:
-            print(f"step {step}: {now} pairs, loss {float(loss):.3f}, found {found:.2f}", flush=True)
-    last = full[-100:]
-    return model, sum(last) / max(1, len(last))
+        if step % 50 == 0:
+            print(f"step {step}: {now} pairs, loss {float(loss.detach()):.3f}, found {found:.2f}", flush=True)
+    return model, found if now == pairs else 0.0
 
 
 def save(model: RecallModel, folder: Path) -> Path:
