@@ -32,7 +32,7 @@ class Recall:
 
 
 def draw(size: int, pairs: int, questions: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Keys and values, in each row different keys, `[size, pairs, 2]`, and those asked for, `[size, m, 2]`."""
+    """Keys and values, other keys in each row, `[size, pairs, 2]`, and those asked for, `[size, m, 2]`."""
     keys = torch.rand(size, len(KEYS), generator=generator).argsort(1)[:, :pairs]
     values = torch.randint(VALUES.start, VALUES.stop, (size, pairs), generator=generator)
     some = torch.rand(size, pairs, generator=generator).argsort(1)[:, :questions]
