@@ -42,6 +42,7 @@ SMALL = [
     "knorm(budget=24)",
     "random(budget=24, window=8)",
     "streaming(budget=24)",
+    "streaming(budget=24, positions=cache)",
     "quest(budget=12, page=4, dense_layers=1)",
     "quest(budget=12, page=4, dense_layers=0, group=q)",
     "tokenselect(budget=24, n_init=2, chunk=8, theta=1.0)",
