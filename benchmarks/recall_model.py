@@ -124,7 +124,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def train(
-    seconds: float, pairs: int, *, enough: float = 0.98, rows: int = 6000, rate: float = 2e-3, seed: int = 0
+    seconds: float, pairs: int, *, enough: float = 0.98, rows: int = 1500, rate: float = 2e-3, seed: int = 0
 ) -> tuple[RecallModel, float]:
     """Train on contexts that grow as recall succeeds, until enough is found in those of full length.
 
@@ -144,9 +144,9 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
     start, step, now, found = time.monotonic(), 0, min(4, pairs), 0.0
     while (spent := (time.monotonic() - start) / seconds) < 1 and (now < pairs or found < enough):
-        tokens, labels = batch(max(4, rows // (5 * now + 3)), now, now, generator)
+        tokens, labels = batch(max(8, rows // (5 * now + 3)), now, now, generator)
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, (step + 1) / 50) * min(1.0, 4 * (1 - spent) + 0.02)
+            group["lr"] = rate * min(1.0, (step + 1) / 100) * min(1.0, 4 * (1 - spent) + 0.02)
         logits = model(tokens)
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
         optimizer.zero_grad()
@@ -155,11 +155,11 @@ def train(
         optimizer.step()
         where = labels != -100
         right = float((logits.detach().argmax(-1)[where] == labels[where]).float().mean())
-        found = 0.9 * found + 0.1 * right
+        found = 0.95 * found + 0.05 * right
         if found > 0.9 and now < pairs:
             now, found = min(pairs, now * 2), 0.0
         step += 1
-        if step % 50 == 0:
+        if step % 100 == 0:
             print(f"step {step}: {now} pairs, loss {float(loss.detach()):.3f}, found {found:.2f}", flush=True)
     return model, found if now == pairs else 0.0
 
