@@ -13,6 +13,7 @@ from tokenloom.batch import BatchBuilder, SegmentKind
 from tokenloom.cache.block_table import BlockTable
 from tokenloom.engine.engine import Engine
 from tokenloom.engine.scheduler import Plan
+from tokenloom.errors import RequestError
 from tokenloom.methods.kv.rotation import turned
 from tokenloom.models.loader import ModelFiles, open_model
 
@@ -127,3 +128,8 @@ def test_keys_turn_to_where_rope_would_have_put_them(files: ModelFiles) -> None:
         kernels.rope(raw, kernels.rotation(*rope.cos_sin(at), torch.float64)) for at in (old, new)
     )
     torch.testing.assert_close(turned(at_old, old, new, rope.cos_sin), at_new, atol=1e-4, rtol=0)
+
+
+def test_more_first_tokens_than_positions_are_refused(files: ModelFiles) -> None:
+    with pytest.raises(RequestError, match="sinks is 63; the model knows 64 positions"):
+        build_engine(files).add(request(text_of(1, 20), "streaming(sinks=63, positions=cache)"))

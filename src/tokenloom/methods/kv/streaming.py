@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tokenloom.cache.cached_tokens import CachedTokens
 from tokenloom.cache.policy import KVPolicy, SequenceShape
+from tokenloom.errors import RequestError
 from tokenloom.methods.kv.budget import at_least, check_budget, one_of, tokens_of
 from tokenloom.methods.kv.parts import Evictor
 from tokenloom.methods.kv.rotation import turned
@@ -47,6 +48,11 @@ class Streaming(Evictor):
     def policy(self, shape: SequenceShape) -> KVPolicy:
         budget = max(tokens_of(self.budget, shape.prompt_tokens), self.sinks + 1)
         if self.positions == "cache":
+            if self.sinks + 2 > shape.max_position:
+                raise RequestError(
+                    f"kv: streaming: sinks is {self.sinks}; the model knows {shape.max_position} positions",
+                    param="kv",
+                )
             return CachePositions(min(budget, shape.max_position - 1), self.sinks, shape)
         return StreamingPolicy(budget, self.sinks, shape)
 
