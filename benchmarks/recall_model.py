@@ -1,7 +1,8 @@
 """A small Llama that is trained to recall: plain torch in, a safetensors folder out (see kv_retrieval.py).
 
 A sequence is `BOS k v k v ... ASK k1 .. km TELL k1 v1 .. km vm`: pairs of a key and a value, the keys of some
-of them, and those keys again with their values. The loss is at every key behind ASK: it finds its value.
+of them, and those keys again with their values. The loss is at every key behind ASK: it finds its value. And
+at every value of the pairs: it names its key, so that a value's place holds what it is to be found by.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def batch(size: int, pairs: int, questions: int, generator: torch.Generator) -> 
     asked, found = some[..., 0], some[..., 1]
     tokens = (all_of(BOS), both.flatten(1), all_of(ASK), asked, all_of(TELL), some.flatten(1))
     told = torch.stack((found, torch.full_like(found, -100)), 2).flatten(1)
-    labels = (all_of(-100, 2 * pairs + 2), found, all_of(-100), told)
+    named = torch.stack((torch.full_like(both[..., 0], -100), both[..., 0]), 2).flatten(1)
+    labels = (all_of(-100), named, all_of(-100), found, all_of(-100), told)
     return torch.cat(tokens, 1), torch.cat(labels, 1)
 
 
@@ -153,7 +155,7 @@ def train(
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        where = labels != -100
+        where = labels >= VALUES.start
         right = float((logits.detach().argmax(-1)[where] == labels[where]).float().mean())
         found = 0.95 * found + 0.05 * right
         if found > 0.9 and now < pairs:
