@@ -113,6 +113,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a folder that an earlier run has written")
     parser.add_argument("--train-seconds", type=float, default=480.0)
     parser.add_argument("--pairs", type=int, default=64)
+    parser.add_argument("--first-pairs", type=int, default=8, help="training begins with so many")
+    parser.add_argument("--rate", type=float, default=2e-3, help="of learning")
     parser.add_argument("--questions", type=int, default=8)
     parser.add_argument("--budget", default="grid", help="parts of the prompt, or grid")
     parser.add_argument("--samples", type=int, default=16)
@@ -123,7 +125,9 @@ def main() -> None:
         parser.error("--questions is at most --pairs, and that at most 128")
     trained = None
     if args.model is None:
-        model, trained = train(args.train_seconds, args.pairs, seed=args.seed)
+        model, trained = train(
+            args.train_seconds, args.pairs, first=args.first_pairs, rate=args.rate, seed=args.seed
+        )
         args.model = save(model, args.output / "model")
         print(f"trained: {trained:.3f} of the values found in its last batches of {args.pairs} pairs")
     settings = load_settings({"model.name": str(args.model), "model.quantize": "none", "cache.block_size": 1})
@@ -132,6 +136,8 @@ def main() -> None:
     texts = [sample(args.pairs, args.questions, generator) for _ in range(args.samples)]
     budgets = parse_budgets(args.budget)
     rows = measure(engine, texts, budgets)
+    if rows[0]["accuracy"] < 0.9:
+        print("the model itself recalls too little to tell methods apart: train for longer")
     args.output.mkdir(parents=True, exist_ok=True)
     about = {"trained": trained, "pairs": args.pairs, "questions": args.questions, "samples": args.samples}
     (args.output / "results.json").write_text(json.dumps({**about, "rows": rows}, indent=2))

@@ -126,7 +126,14 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def train(
-    seconds: float, pairs: int, *, enough: float = 0.98, rows: int = 1500, rate: float = 2e-3, seed: int = 0
+    seconds: float,
+    pairs: int,
+    *,
+    first: int = 8,
+    enough: float = 0.98,
+    rows: int = 1500,
+    rate: float = 2e-3,
+    seed: int = 0,
 ) -> tuple[RecallModel, float]:
     """Train on contexts that grow as recall succeeds, until enough is found in those of full length.
 
@@ -134,6 +141,7 @@ def train(
 
     Args:
         seconds: the longest that it may take.
+        first: pairs to begin with; twice as many whenever nine of ten are found.
         rows: tokens of a batch.
 
     Returns:
@@ -144,7 +152,7 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     model = RecallModel()
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
-    start, step, now, found = time.monotonic(), 0, min(4, pairs), 0.0
+    start, step, now, found = time.monotonic(), 0, min(first, pairs), 0.0
     while (spent := (time.monotonic() - start) / seconds) < 1 and (now < pairs or found < enough):
         tokens, labels = batch(max(8, rows // (5 * now + 3)), now, now, generator)
         for group in optimizer.param_groups:
