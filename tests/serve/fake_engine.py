@@ -30,6 +30,7 @@ class Call:
     priority: int
     cache_salt: str | None
     kv: Any
+    compress_upto: int | None = None
 
 
 class FakeEngine:
@@ -87,9 +88,10 @@ class FakeEngine:
         cache_salt: str | None = None,
         adapter: LoadedAdapter | None = None,
         kv: Any = None,
+        compress_upto: int | None = None,
     ) -> FakeStream:
         self._admit(prompt_token_ids)
-        call = Call(request_id, prompt_token_ids, params, priority, cache_salt, kv)
+        call = Call(request_id, prompt_token_ids, params, priority, cache_salt, kv, compress_upto)
         self.calls.append(call)
         return FakeStream(self, call)
 

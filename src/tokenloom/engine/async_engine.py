@@ -139,8 +139,10 @@ class AsyncEngine:
         cache_salt: str | None = None,
         adapter: LoadedAdapter | None = None,
         kv: KVMethod | None = None,
+        compress_upto: int | None = None,
     ) -> Stream:
-        """Start a request; `adapter` is one of `engine.adapters`, `kv` how its cache is kept and read.
+        """Start a request; `adapter` is one of `engine.adapters`, `kv` how its cache is kept and read,
+        `compress_upto` how many tokens are compressed before the others are computed.
 
         Raises:
             RequestError: it can never be served; the message names the field.
@@ -155,6 +157,7 @@ class AsyncEngine:
             cache_salt=cache_salt,
             adapter=adapter,
             kv=kv,
+            compress_upto=compress_upto,
         )
         return self._submit(request)
 
