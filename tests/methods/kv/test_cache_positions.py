@@ -14,8 +14,11 @@ from tokenloom.cache.block_table import BlockTable
 from tokenloom.engine.engine import Engine
 from tokenloom.engine.scheduler import Plan
 from tokenloom.errors import RequestError
+from tokenloom.kernels import get_kernels
 from tokenloom.methods.kv.rotation import turned
+from tokenloom.models.config import RopeConfig
 from tokenloom.models.loader import ModelFiles, open_model
+from tokenloom.models.rope import Rope
 
 SPEC = "streaming(budget=16, positions=cache)"
 CONTEXT = 64
@@ -120,14 +123,16 @@ def test_a_long_stream_is_the_same_after_preemption_and_among_forks(files: Model
     assert tokens(both)[0] == tokens(alone)[0] != tokens(both)[1]
 
 
-def test_keys_turn_to_where_rope_would_have_put_them(files: ModelFiles) -> None:
-    rope, kernels = build_engine(files).decoder.rope, build_engine(files).decoder.kernels
-    raw = torch.randn(5, 2, 16, dtype=torch.float64)
-    old, new = torch.tensor([0, 3, 40, 63, 7]), torch.tensor([9, 0, 41, 2, 7])
+@pytest.mark.parametrize("kind", ["default", "yarn"])
+def test_keys_turn_to_where_rope_would_have_put_them(kind: str) -> None:
+    rope = Rope(RopeConfig(10000.0, kind, factor=4.0, original_max_position=32), 16, 200)
+    kernels = get_kernels("torch")
+    raw, old, new = torch.randn(6, 2, 16).double(), torch.arange(40, 46), torch.arange(3, 9)
     at_old, at_new = (
         kernels.rope(raw, kernels.rotation(*rope.cos_sin(at), torch.float64)) for at in (old, new)
     )
-    torch.testing.assert_close(turned(at_old, old, new, rope.cos_sin), at_new, atol=1e-4, rtol=0)
+    assert (at_old - at_new).abs().max() > 1
+    torch.testing.assert_close(turned(at_old, old, new, rope.cos_sin), at_new, atol=1e-5, rtol=0)
 
 
 def test_more_first_tokens_than_positions_are_refused(files: ModelFiles) -> None:
