@@ -49,6 +49,7 @@ class KVCache:
         self.key_scales: list[Tensor] = [layer[0] for layer in self._scales]
         self.value_scales: list[Tensor] = [layer[1] for layer in self._scales]
         self._scratch: KVCache | None = None
+        self._first_cells: dict[tuple[int, int], Tensor] = {}
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store k, v `[T, Hk, D]` at slots `[T]`."""
@@ -111,8 +112,12 @@ class KVCache:
         """
         heads = self.keys[0].shape[1]
         rows = len(slots) if slots.dim() == 2 else heads
-        first = torch.arange(rows, device=slots.device).div_(rows // heads, rounding_mode="floor")
-        return torch.add(first[:, None] + 2 * layer * self.num_slots * heads, slots, alpha=heads)
+        first = self._first_cells.get((layer, rows))
+        if first is None:
+            by_head = torch.arange(heads, device=slots.device).repeat_interleave(rows // heads)
+            first = by_head[:, None] + 2 * layer * self.num_slots * heads
+            self._first_cells[layer, rows] = first
+        return torch.add(first, slots, alpha=heads)
 
     def read_cells(self, cells: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values at cells `[...]`, each `[..., D]`."""

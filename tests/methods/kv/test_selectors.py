@@ -90,7 +90,7 @@ def test_quests_bounds_follow_the_newest_token() -> None:
         whole.length = length
         policy.attend(1, row(), whole)
         keys = whole.keys(1)
-        for page, first in enumerate(range(0, length, 4)):
+        for page, first in enumerate(range(0, length - 3, 4)):  # all but the open one
             part = keys[first : first + 4]
             expected = torch.cat((part.amax(0), part.amin(0)), -1)
             assert torch.equal(policy.bounds[1][page], expected)  # type: ignore[attr-defined]

@@ -59,6 +59,8 @@ class QuestPolicy(DecodeSelection):
         budget = tokens_of(knobs.budget, shape.prompt_tokens)
         self.pages = max(LEAST_PAGES, -(-budget // knobs.page))
         self.bounds: dict[int, Tensor] = {}
+        self.closed: dict[int, int] = {}
+        """Pages whose bounds are known, by layer."""
         self.dropped = 0
         self.places = torch.empty(0, dtype=torch.int64)
 
@@ -81,26 +83,24 @@ class QuestPolicy(DecodeSelection):
         return cached.attend(layer, q, index[:, : index.shape[1] - (total * page - length)])
 
     def _bounds(self, layer: int, cached: CachedTokens) -> Tensor:
-        """The bounds of all pages, up to date with the newest token, and room for more."""
+        """The bounds of all pages but the open one, which is read in any case, and room for more."""
         if cached.dropped != self.dropped:  # other tokens lie in the pages now
             self.bounds.clear()
+            self.closed.clear()
             self.dropped = cached.dropped
-        page, total = self.knobs.page, -(-cached.length // self.knobs.page)
-        known, first = self.bounds.get(layer), total - 1
-        if known is None or len(known) < total:
-            # With room for half as many again; the last page may have been open when it was looked at.
-            first = 0 if known is None else len(known) - 1
+        page, closed = self.knobs.page, self.closed.get(layer, 0)
+        total = cached.length // page
+        if total == closed:
+            return self.bounds[layer]
+        known = self.bounds.get(layer)
+        if known is None or len(known) <= total:
+            # With room for half as many again, and for the open page.
             heads, width = self.shape.num_kv_heads, 2 * self.shape.head_dim
             grown = cached.keys(layer, cached.length).new_zeros(total + total // 2 + 8, heads, width)
             if known is not None:
-                grown[:first] = known[:first]
+                grown[:closed] = known[:closed]
             known = self.bounds[layer] = grown
-        keys = cached.keys(layer, first * page)
-        whole = len(keys) // page
-        if whole:
-            pages = keys[: whole * page].unflatten(0, (whole, page))
-            torch.cat((pages.amax(1), pages.amin(1)), -1, out=known[first : first + whole])
-        if whole * page < len(keys):
-            rest = keys[whole * page :]
-            torch.cat((rest.amax(0), rest.amin(0)), -1, out=known[total - 1])
+        keys = cached.keys(layer, closed * page)[: (total - closed) * page].unflatten(0, (-1, page))
+        torch.cat((keys.amax(1), keys.amin(1)), -1, out=known[closed:total])
+        self.closed[layer] = total
         return known
