@@ -48,6 +48,17 @@ struct KeyRows {
 };
 constexpr int MOST_WIDTH = 256;
 
+// A sequence's tokens in pages of `page`, the last of which may be open, and bounds [total - 1, Hk, 2 width] of the
+// others' keys: the largest numbers of a page, then the least.
+struct Pages {
+    const float* bounds;
+    const int64_t* slots;  // [length]
+    int64_t first;         // the layer's first cell
+    int kv_heads, width, page, length, total, count;
+    bool by_group;  // heads of a group read the same pages, else each its own
+    int tokens() const { return count * page - (total * page - length); }  // that a head reads
+};
+
 // One attention: who reads what. `window` 0: everything before.
 struct AttentionShape {
     int heads, kv_heads, head_dim, block_size, window;
@@ -149,6 +160,8 @@ struct Kernels {
                       float* out, float* lse);  // lse [T, Hq]: log of the sum of e^score; null: not wanted
     // out [heads, count]: q [heads, width] times the keys at keys.slots [count].
     void (*key_scores)(Work& work, const float* q, const KeyRows& keys, int heads, int count, float* out);
+    // cells [Hk or Hq, pages.tokens()]; best: room for [heads, total - 1].
+    void (*choose_pages)(Work& work, const float* q, const Pages& pages, int heads, float* best, int64_t* cells);
     void (*few_products)(Work& work, const float* x, int rows, const float* weights, int n, int k, float* y);
     void (*attention_backward)(Work& work, const AttentionShape& shape, const AttentionGradients& gradients,
                                const KVLayer& kv);

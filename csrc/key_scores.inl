@@ -79,3 +79,53 @@ void few_products(Work& work, const float* x, int rows, const float* weights, in
         }
     });
 }
+
+// Which pages a row reads, as cells: of each page but the last one the largest q . k that its bounds allow, the best
+// `pages.count - 1`, and the last page.
+void choose_pages(Work& work, const float* q, const Pages& pages, int heads, float* best, int64_t* cells) {
+    const int kv_heads = pages.kv_heads, group = heads / kv_heads, half = pages.width, width = 2 * half;
+    const int closed = pages.total - 1, chosen = pages.count - 1;
+    const int lists = pages.by_group ? kv_heads : heads;
+    constexpr int PIECE = 64;
+    work.each((closed + PIECE - 1) / PIECE, [&](int piece) {
+        alignas(64) float both[MOST_QUERIES * MOST_WIDTH];
+        const int end = std::min(closed, (piece + 1) * PIECE);
+        for (int head = 0; head < kv_heads; ++head) {
+            // A dimension's larger product is with the largest number where q is positive, else with the least.
+            for (int i = 0; i < group; ++i) {
+                const float* x = q + static_cast<ptrdiff_t>(head * group + i) * half;
+                for (int d = 0; d < half; ++d) {
+                    both[i * width + d] = x[d] > 0.0f ? x[d] : 0.0f;
+                    both[i * width + half + d] = x[d] > 0.0f ? 0.0f : x[d];
+                }
+            }
+            for (int begin = piece * PIECE; begin < end; begin += 8) {
+                const int some = std::min(8, end - begin);
+                const float* rows[8];
+                for (int i = 0; i < 8; ++i) {
+                    const ptrdiff_t page = begin + std::min(i, some - 1);
+                    rows[i] = pages.bounds + (page * kv_heads + head) * width;
+                }
+                score_eight(rows, both, group, width, best + static_cast<ptrdiff_t>(head) * group * closed + begin,
+                            closed, some);
+            }
+        }
+    });
+    work.each(lists, [&](int list) {
+        const int head = pages.by_group ? list : list / group;
+        float* row = best + static_cast<ptrdiff_t>(list) * (pages.by_group ? group : 1) * closed;
+        for (int i = 1; pages.by_group && i < group; ++i) {
+            const float* other = row + static_cast<ptrdiff_t>(i) * closed;
+            for (int p = 0; p < closed; ++p) row[p] = other[p] > row[p] || other[p] != other[p] ? other[p] : row[p];
+        }
+        thread_local std::vector<int64_t> ids;
+        ids.resize(pages.count);
+        if (chosen > 0) largest_of_row(row, closed, chosen, ids.data());
+        ids[chosen] = closed;
+        int64_t* to = cells + static_cast<ptrdiff_t>(list) * pages.tokens();
+        for (const int64_t page : ids) {
+            const int64_t end = std::min<int64_t>((page + 1) * pages.page, pages.length);
+            for (int64_t t = page * pages.page; t < end; ++t) *to++ = pages.first + pages.slots[t] * kv_heads + head;
+        }
+    });
+}

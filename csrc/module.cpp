@@ -237,6 +237,49 @@ void key_scores(Rows q, Cache keys, std::optional<Scales> scales, Vector<int64_t
     });
 }
 
+// Attention of one row over the pages of its sequence whose bounds promise most.
+void attention_over_pages(Heads q, const KV& kv, int layer, Vector<int64_t> slots, Cache bounds, int page, int count,
+                          bool by_group, HeadsOut out, int threads) {
+    AttentionShape shape = shape_of(q, kv, 1, 0, out.stride(0));
+    check_heads(q, q, "q");
+    check_heads(out, q, "out");
+    kv.layer(layer);
+    if (q.shape(0) != 1) bad("q: one row expected");
+    if (!kv.one_tensor) bad("cache: all layers in one tensor expected");
+    if (page < 1) bad("page: at least one token expected");
+    const int length = static_cast<int>(slots.shape(0)), total = (length + page - 1) / page;
+    if (count < 1 || count > total) bad("count: from one page to all expected");
+    if (bounds.dtype() != nb::dtype<float>() || static_cast<int>(bounds.shape(0)) < total - 1 ||
+        static_cast<int>(bounds.shape(1)) != kv.heads || static_cast<int>(bounds.shape(2)) != 2 * kv.head_dim) {
+        bad("bounds: float32 [pages, kv_heads, 2 head_dim] expected");
+    }
+    for (int i = 0; i < length; ++i) {
+        if (slots.data()[i] < 0 || slots.data()[i] >= static_cast<int64_t>(kv.num_slots)) bad("slots: out of range");
+    }
+    const int64_t first = 2 * static_cast<int64_t>(layer) * kv.num_slots * kv.heads;
+    const Pages pages{static_cast<const float*>(bounds.data()), slots.data(), first, kv.heads, kv.head_dim, page, length,
+                      total, count, by_group};
+    const int lists = by_group ? kv.heads : shape.heads, each = pages.tokens();
+    nb::gil_scoped_release release;
+    thread_local std::vector<int64_t> cells;
+    cells.resize(static_cast<size_t>(lists) * each);
+    shape.kv_heads = lists;
+    std::vector<Span> spans;
+    for (int i = 0; i < lists; ++i) spans.push_back({0, 1, each, nullptr, cells.data() + static_cast<size_t>(i) * each, i});
+    const AttentionPlan plan = plan_attention(spans, shape);
+    auto& partials = scratch().partials;
+    const size_t needed = static_cast<size_t>(plan.partial_rows) * (shape.head_dim + 2);
+    if (partials.size() < needed) partials.resize(needed);
+    float *memory = partials.data(), *best = scratch().rows(static_cast<size_t>(shape.heads) * total);
+    int64_t* chosen = cells.data();
+    run_team(threads, [&](Team& team) {
+        Work work(team, threads);
+        isa().choose_pages(work, q.data(), pages, shape.heads, best, chosen);
+        isa().attention(work, q.data(), shape, spans.data(), plan.tasks.data(), static_cast<int>(plan.tasks.size()),
+                        memory, kv.layers[0], out.data(), nullptr);
+    });
+}
+
 void few_products(nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu> x,
                   nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu> weights, Matrix y, int threads) {
     const int rows = static_cast<int>(x.shape(0)), n = static_cast<int>(weights.shape(0));
@@ -405,6 +448,8 @@ NB_MODULE(_native, m) {
     m.def("attention_at", &attention_at, "q"_a, "kv"_a, "cells"_a, "ends"_a, "out"_a.noconvert(), "threads"_a);
     m.def("key_scores", &key_scores, "q"_a, "keys"_a.noconvert(), "scales"_a.noconvert().none(), "slots"_a,
           "out"_a.noconvert(), "threads"_a);
+    m.def("attention_over_pages", &attention_over_pages, "q"_a, "kv"_a, "layer"_a, "slots"_a, "bounds"_a.noconvert(),
+          "page"_a, "count"_a, "by_group"_a, "out"_a.noconvert(), "threads"_a);
     m.def("few_products", &few_products, "x"_a, "weights"_a.noconvert(), "y"_a.noconvert(), "threads"_a);
     m.def("attention_backward", &attention_backward, "dq"_a.noconvert(), "dk"_a.noconvert(), "dv"_a.noconvert(),
           "d_out"_a, "q"_a, "out"_a, "lse"_a, "kv"_a, "layer"_a, "spans"_a, "blocks"_a, "firsts"_a, "block_size"_a,

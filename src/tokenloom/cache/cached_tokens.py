@@ -135,6 +135,15 @@ class CachedTokens:
         self.tokens_read += sum(map(len, cells))
         return self.kernels.attention_at(q, self.kv, cells)
 
+    def attend_pages(
+        self, layer: int, q: Tensor, bounds: Tensor, page: int, count: int, by_group: bool
+    ) -> Tensor:
+        """Attention of one row over the pages that promise most; see `Kernels.attention_over_pages`."""
+        slots = self.slots()
+        read = count * page - (-self.length % page)
+        self.tokens_read += read * (self.num_kv_heads if by_group else q.shape[1])
+        return self.kernels.attention_over_pages(q, self.kv, layer, slots, bounds, page, count, by_group)
+
     def _attend_packed(self, packed: PackedTokens, layer: int, q: Tensor) -> Tensor:
         """Attention of rows q over packed tokens and those of the table, side by side in scratch memory."""
         n, total = packed.length, packed.length + self.length

@@ -111,6 +111,35 @@ class CpuKernels(TorchKernels):
         )
         return out
 
+    def attention_over_pages(
+        self,
+        q: Tensor,
+        kv: KVCache,
+        layer: int,
+        slots: Tensor,
+        bounds: Tensor,
+        page: int,
+        count: int,
+        by_group: bool,
+    ) -> Tensor:
+        heads, head_dim = q.shape[1:]
+        if q.dtype != torch.float32 or not _attends(heads, bounds.shape[1], head_dim):
+            return super().attention_over_pages(q, kv, layer, slots, bounds, page, count, by_group)
+        out = torch.empty(q.shape)
+        native.attention_over_pages(
+            capsule(q),
+            native_cache(kv),
+            layer,
+            capsule(slots),
+            capsule(bounds),
+            page,
+            count,
+            by_group,
+            capsule(out),
+            torch.get_num_threads(),
+        )
+        return out
+
     def key_scores(self, q: Tensor, keys: Tensor, slots: Tensor, scales: Tensor | None = None) -> Tensor:
         width = q.shape[1]
         if q.dtype != torch.float32 or width % 8 or width > 2 * HEAD_DIMS[-1]:

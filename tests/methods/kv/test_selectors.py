@@ -15,6 +15,7 @@ from tokenloom.cache.cached_tokens import CachedTokens
 from tokenloom.cache.kv_cache import KVCache
 from tokenloom.cache.policy import SequenceShape
 from tokenloom.kernels import get_kernels
+from tokenloom.kernels.pages import page_index
 from tokenloom.methods.kv.quest import Quest
 from tokenloom.methods.kv.tokenselect import TokenSelect, TokenSelectPolicy
 from tokenloom.models.loader import ModelFiles
@@ -35,6 +36,12 @@ class Recording(CachedTokens):
     def attend(self, layer: int, q: Tensor, index: Tensor | None = None) -> Tensor:
         self.asked.append(index)
         return super().attend(layer, q, index)
+
+    def attend_pages(
+        self, layer: int, q: Tensor, bounds: Tensor, page: int, count: int, by_group: bool
+    ) -> Tensor:
+        self.asked.append(page_index(self.kernels, q, self.length, bounds, page, count, by_group))
+        return super().attend_pages(layer, q, bounds, page, count, by_group)
 
 
 def cached_tokens(length: int, seed: int = 0) -> Recording:

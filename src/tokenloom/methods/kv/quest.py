@@ -62,7 +62,6 @@ class QuestPolicy(DecodeSelection):
         self.closed: dict[int, int] = {}
         """Pages whose bounds are known, by layer."""
         self.dropped = 0
-        self.places = torch.empty(0, dtype=torch.int64)
 
     def attend(self, layer: int, q: Tensor, cached: CachedTokens) -> Tensor | None:
         page, length = self.knobs.page, cached.length
@@ -70,17 +69,7 @@ class QuestPolicy(DecodeSelection):
         if layer < self.knobs.dense_layers or total <= self.pages:
             return None
         bounds = self._bounds(layer, cached)
-        if len(self.places) < total * page:
-            self.places = torch.arange(len(bounds) * page, device=q.device)
-        # The largest q . k of a page: each dimension's larger product.
-        both = torch.cat((q[0].clamp_min(0), q[0].clamp_max(0)), -1)
-        best = cached.kernels.key_scores(both, bounds, self.places[:total])  # [Hq, pages]
-        if self.knobs.group == "kv":
-            best = best.view(self.shape.num_kv_heads, -1, total).amax(1)
-        best[:, -1] = torch.inf  # the open page
-        chosen = cached.kernels.largest(best, self.pages)
-        index = (chosen[..., None] * page + self.places[:page]).flatten(1)
-        return cached.attend(layer, q, index[:, : index.shape[1] - (total * page - length)])
+        return cached.attend_pages(layer, q, bounds, page, self.pages, self.knobs.group == "kv")
 
     def _bounds(self, layer: int, cached: CachedTokens) -> Tensor:
         """The bounds of all pages but the open one, which is read in any case, and room for more."""
