@@ -25,8 +25,9 @@ from tokenloom.finetune.retained import blocks_needed
 from tokenloom.finetune.training_pass import KeepFor, Phase, TrainingPass
 from tokenloom.models.adapters import Adapter
 
-LOSS_ROWS = 64
-"""Logits of so many rows exist at a time."""
+LOSS_ROWS, MOST_LOSS_ROWS = 64, 256
+"""Logits of so many rows exist at a time, or of a quarter of a long pass, whose activations take more memory
+than they do: the head is read once for all of them."""
 SAVE_EVERY_S = 60.0
 _VALID_SUMS = ("loss", "weight", "correct", "n")
 
@@ -254,7 +255,8 @@ class Trainer:
         if self._pass is None:
             return 1
         if self._pass.phase is Phase.LOSS:
-            return min(LOSS_ROWS, self._pass.losses_left())
+            at_once = min(MOST_LOSS_ROWS, max(LOSS_ROWS, self._pass.num_rows // 4))
+            return min(at_once, self._pass.losses_left())
         return self._pass.backward_left()
 
     def piece_features(self, rows: int) -> Features:
