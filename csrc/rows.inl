@@ -133,15 +133,7 @@ void rope_append(Work& work, float* qkv, int rows, const AttentionShape& s, cons
     });
 }
 
-// -- the largest logits -----------------------------------------------------------------------------------------
-
-// Floats in the order of unsigned integers; NaN above all, as torch has it.
-inline uint32_t ordered(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    if (x != x) return 0xffffffffu;
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
+// -- the largest numbers of a row -------------------------------------------------------------------------------
 
 float log_sum_exp(const float* x, int width) {
     f32x8 top = splat(-__builtin_inff());
@@ -157,30 +149,94 @@ float log_sum_exp(const float* x, int width) {
     return most + std::log(total);
 }
 
+// Floats in the order of signed integers, which vectors compare; NaN above all. -0 is 0.
+inline i32xw ordered_wide(f32xw v) {
+    v = v + f32xw{};
+    const i32xw bits = reinterpret_cast<i32xw>(v);
+    return v == v ? bits ^ ((bits >> 31) & 0x7fffffff) : i32xw{} + INT32_MAX;
+}
+
+// What k of these numbers reach is found bit by bit: 32 times counting is less than sorting, and no branch depends on
+// the numbers. `count` is a multiple of WIDE.
+inline int32_t reached_by(const int32_t* keys, int count, int k) {
+    uint32_t threshold = 0;
+    for (int bit = 31; bit >= 0; --bit) {
+        const uint32_t higher = threshold | 1u << bit;
+        const int32_t bound = static_cast<int32_t>(higher ^ 0x80000000u);
+        i32xw reach{};
+        for (int i = 0; i < count; i += WIDE) reach -= load_wide(keys + i) >= bound;
+        const int found = sum(reach);
+        if (found >= k) threshold = higher;
+        if (found == k) break;
+    }
+    return static_cast<int32_t>(threshold ^ 0x80000000u);
+}
+
+// The k largest numbers of a row.
+struct Largest {
+    std::vector<int32_t> keys, tops, places;
+
+    void find(const float* x, int width, int k) {
+        constexpr int EACH = 16;  // vectors, the largest of whose lanes are looked at first
+        const int padded = (width + WIDE - 1) / WIDE * WIDE, vectors = padded / WIDE;
+        keys.resize(padded);
+        tops.assign((vectors + EACH - 1) / EACH * WIDE, INT32_MIN);
+        for (int v = 0; v < vectors; ++v) {
+            f32xw numbers{};
+            const int here = std::min(WIDE, width - v * WIDE);
+            memcpy(&numbers, x + v * WIDE, sizeof(float) * here);
+            i32xw key = ordered_wide(numbers);
+            for (int i = here; i < WIDE; ++i) key[i] = INT32_MIN;
+            memcpy(keys.data() + v * WIDE, &key, sizeof key);
+            int32_t* top = tops.data() + v / EACH * WIDE;
+            const i32xw before = load_wide(top), larger = key > before ? key : before;
+            memcpy(top, &larger, sizeof larger);
+        }
+        places.clear();
+        const int most = static_cast<int>(tops.size());
+        if (2 * k > most) return;
+        // k lanes reach this, hence k numbers do: all others can be left out.
+        const int32_t least = reached_by(tops.data(), most, k);
+        int kept = 0;
+        for (int v = 0; v < vectors; ++v) {
+            if (sum(load_wide(keys.data() + v * WIDE) >= least) == 0) continue;
+            for (int i = v * WIDE; i < (v + 1) * WIDE; ++i) {
+                if (keys[i] < least || i >= width) continue;
+                places.push_back(i);
+                keys[kept++] = keys[i];
+            }
+        }
+        keys.resize((kept + WIDE - 1) / WIDE * WIDE);
+        std::fill(keys.begin() + kept, keys.end(), INT32_MIN);
+    }
+
+    // `f(key, i)` for the k largest, in ascending order of i; of equal ones the first count.
+    template <class F>
+    void each(int k, F&& f) {
+        const int count = static_cast<int>(keys.size());
+        const int32_t least = reached_by(keys.data(), count, k);
+        i32xw above{};
+        for (int i = 0; i < count; i += WIDE) above -= load_wide(keys.data() + i) > least;
+        for (int i = 0, equal = k - sum(above); k > 0; ++i) {
+            if (keys[i] < least || (keys[i] == least && equal-- <= 0)) continue;
+            f(keys[i], places.empty() ? i : places[i]);
+            --k;
+        }
+    }
+};
+
 void top_row(const float* x, int width, int k, float* values, int64_t* ids) {
-    constexpr int SHIFT = 20, BUCKETS = 1 << (32 - SHIFT);  // sign, exponent and three bits of the mantissa
-    uint32_t counts[BUCKETS] = {};
-    for (int i = 0; i < width; ++i) ++counts[ordered(x[i]) >> SHIFT];
-    int bucket = BUCKETS - 1;
-    for (uint32_t found = counts[bucket]; found < static_cast<uint32_t>(k); found += counts[bucket]) --bucket;
-    // All of this bucket and above: not many more than k.
-    thread_local std::vector<std::pair<uint32_t, int>> candidates;
-    candidates.clear();
-    const uint32_t least = static_cast<uint32_t>(bucket) << SHIFT;
-    for (int i = 0; i < width; ++i) {
-        const uint32_t key = ordered(x[i]);
-        if (key >= least) candidates.emplace_back(key, i);
-    }
-    const auto larger = [](const auto& a, const auto& b) {
+    thread_local Largest largest;
+    thread_local std::vector<std::pair<int32_t, int>> found;
+    largest.find(x, width, k);
+    found.clear();
+    largest.each(k, [&](int32_t key, int i) { found.emplace_back(key, i); });
+    std::sort(found.begin(), found.end(), [](const auto& a, const auto& b) {
         return a.first != b.first ? a.first > b.first : a.second < b.second;
-    };
-    if (static_cast<int>(candidates.size()) > k) {
-        std::nth_element(candidates.begin(), candidates.begin() + k, candidates.end(), larger);
-    }
-    std::sort(candidates.begin(), candidates.begin() + k, larger);
+    });
     for (int i = 0; i < k; ++i) {
-        ids[i] = candidates[i].second;
-        values[i] = x[candidates[i].second];
+        ids[i] = found[i].second;
+        values[i] = x[found[i].second];
     }
 }
 
@@ -193,35 +249,11 @@ void top(Work& work, const float* x, ptrdiff_t stride, int rows, int width, int 
     });
 }
 
-// -- which are the largest --------------------------------------------------------------------------------------
-
-// The threshold that k of a row reach is found bit by bit: 32 times counting is less than sorting, and no branch
-// depends on the numbers.
+// Where the largest are, in ascending order.
 void largest_of_row(const float* x, int width, int k, int64_t* ids) {
-    thread_local std::vector<int32_t> keys;  // as `ordered`, but with a sign: vectors compare those
-    const int padded = (width + WIDE - 1) / WIDE * WIDE;
-    keys.assign(padded, INT32_MIN);
-    for (int i = 0; i < width; ++i) keys[i] = static_cast<int32_t>(ordered(x[i] + 0.0f) ^ 0x80000000u);  // -0 is 0
-    const auto reaching = [&](int32_t least) {
-        i32xw count{};
-        for (int i = 0; i < padded; i += WIDE) count -= load_wide(keys.data() + i) >= least;
-        return sum(count);
-    };
-    uint32_t threshold = 0;
-    for (int bit = 31; bit >= 0; --bit) {
-        const uint32_t higher = threshold | 1u << bit;
-        const int count = reaching(static_cast<int32_t>(higher ^ 0x80000000u));
-        if (count >= k) threshold = higher;
-        if (count == k) break;
-    }
-    const int32_t least = static_cast<int32_t>(threshold ^ 0x80000000u);
-    int above = 0;
-    for (int i = 0; i < width; ++i) above += keys[i] > least;
-    int equal = std::max(0, k - above), found = 0;
-    for (int i = 0; found < k; ++i) {
-        if (keys[i] < least || (keys[i] == least && equal-- <= 0)) continue;
-        ids[found++] = i;
-    }
+    thread_local Largest largest;
+    largest.find(x, width, k);
+    largest.each(k, [&](int32_t, int i) { *ids++ = i; });
 }
 
 void largest(Work& work, const float* x, ptrdiff_t stride, int rows, int width, int k, int64_t* ids) {

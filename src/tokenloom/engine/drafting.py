@@ -33,8 +33,8 @@ PROBE_AFTER, MOST_WAIT = 16, 256
 """A sequence whose guesses were not worth it tries a few again after so many passes, then twice as many."""
 PROBE_NODES = 3
 MOST_NODES = 128
-CHEAP_MS = 1.0
-"""A proposal that takes longer is not made where the last one was not worth it."""
+CHEAP = 0.02
+"""A proposal that takes a larger part of a pass than this is not made where the last one was not worth it."""
 
 
 @dataclass(slots=True)
@@ -69,6 +69,8 @@ class Drafting:
         self.acceptance = Acceptance(ENGINE_TRIALS)
         self._latency: LatencyModel | None = None
         self._features = Features()
+        self._pass_ms = 0.0
+        """What the last pass would have taken without guesses."""
         if engine.settings.methods.draft:
             self._model()  # else the first request would wait for it
 
@@ -118,7 +120,7 @@ class Drafting:
             most = min(PROBE_NODES, room)
         else:
             most = min(guessing.most, room)
-        if not guessing.drafter.fixed and 0 < guessing.idle < guessing.wait and guessing.cost_ms > CHEAP_MS:
+        if not guessing.drafter.fixed and 0 < guessing.idle < guessing.wait and guessing.cost_ms > CHEAP * self._pass_ms:
             guessing.idle += 1
             return Tree()
         if depth < 1:
@@ -154,6 +156,7 @@ class Drafting:
             features = Features(base.rows + more, base.context + more * context, base.head_rows + more)
             return latency.corrected(features) + (cost_ms if n else 0.0)
 
+        self._pass_ms = time_of(0)
         decodes = sum(sequence.num_pending == rows for sequence, rows in plan.rows.items())
         chosen = most_promising([part.rates for part in free], decodes, room, time_of)
         # Where even guesses that are all right would lose, there is nothing to find out.
