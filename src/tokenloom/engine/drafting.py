@@ -120,7 +120,8 @@ class Drafting:
             most = min(PROBE_NODES, room)
         else:
             most = min(guessing.most, room)
-        if not guessing.drafter.fixed and 0 < guessing.idle < guessing.wait and guessing.cost_ms > CHEAP * self._pass_ms:
+        dear = guessing.cost_ms > CHEAP * self._pass_ms
+        if dear and 0 < guessing.idle < guessing.wait and not guessing.drafter.fixed:
             guessing.idle += 1
             return Tree()
         if depth < 1:
