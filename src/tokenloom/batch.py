@@ -189,7 +189,7 @@ class BatchBuilder:
         block_size: int,
         contiguous: bool,
         logits: str = "last",
-        position: int | None = None,
+        positions: Sequence[int] | None = None,
     ) -> int:
         """Append one segment.
 
@@ -197,7 +197,7 @@ class BatchBuilder:
             tokens: its tokens, the first at KV index `kv_start`.
             blocks: the sequence's block table, long enough for all of them.
             logits: `none`, `last` or `all` of its rows.
-            position: of the first token; None: `kv_start`.
+            positions: of the tokens; None: from `kv_start` on.
 
         Returns:
             The first row of the segment.
@@ -205,8 +205,7 @@ class BatchBuilder:
         start, length = len(self.tokens), len(tokens)
         end = kv_start + length
         self.tokens += tokens
-        first = kv_start if position is None else position
-        self.positions += range(first, first + length)
+        self.positions += range(kv_start, end) if positions is None else positions
         self.slots += [blocks[i // block_size] * block_size + i % block_size for i in range(kv_start, end)]
         blocks_read = blocks[: -(-end // block_size)]
         self.segments.append(Segment(kind, KVSpan(start, length, end, blocks_read, contiguous)))

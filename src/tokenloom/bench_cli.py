@@ -65,7 +65,8 @@ def bench_kv(
         list[str] | None, typer.Argument(help="What to compare, e.g. snapkv+adakv; by default every method.")
     ] = None,
     budget: Annotated[
-        str, typer.Option(help="For specs that name none: tokens, or parts of a prompt.")
+        str,
+        typer.Option(help="For specs that name none: tokens, or parts (0.25, 12.5%); grid: 75 to 12.5%."),
     ] = "128,256",
     probe: Annotated[
         str, typer.Option(help="Of text, copy, needle, multikey, summary.")
@@ -75,8 +76,15 @@ def bench_kv(
     copy_tokens: Annotated[int, typer.Option(min=64, help="Filler around copy's block.")] = 1400,
     samples: Annotated[int, typer.Option(min=1, help="Texts of each kind; means are reported.")] = 1,
     keys: Annotated[int, typer.Option(min=1, help="Numbers hidden in a multikey prompt.")] = 8,
+    depths: Annotated[
+        str, typer.Option(help="Where needles are, as parts of the prompt.")
+    ] = "0.1,0.3,0.5,0.7,0.9",
     question_in_prompt: Annotated[
         bool, typer.Option(help="Methods know the question when they choose what to drop.")
+    ] = False,
+    reuse_prompts: Annotated[
+        bool,
+        typer.Option(help="Compute a prompt once for all methods that leave it; no first-token times."),
     ] = False,
     text: Annotated[str, typer.Option(help="docs, code (both Python's own), or a file.")] = "docs",
     seed: Annotated[int, typer.Option(help="Of the places in the text, and of all that is drawn.")] = 0,
@@ -95,7 +103,7 @@ def bench_kv(
 ) -> None:
     """Compare KV methods: quality by probes; bytes, reads and times. Writes results.json and pareto.png."""
     from tokenloom.bench.kv import report
-    from tokenloom.bench.kv.probes import Sizes
+    from tokenloom.bench.kv.probes import Sizes, parse_depths
     from tokenloom.bench.kv.run import measure
     from tokenloom.bench.kv.specs import candidates, default_specs, parse_budgets
 
@@ -106,6 +114,7 @@ def bench_kv(
         prompt_tokens,
         rows,
         copy_tokens,
+        depths=parse_depths(depths),
         keys=keys,
         samples=samples,
         question_in_prompt=question_in_prompt,
@@ -119,6 +128,7 @@ def bench_kv(
             sizes,
             source=text,
             seed=seed,
+            reuse_prompts=reuse_prompts,
             tell=status.update,
             keep=lambda so_far: report.write_json(so_far, output),
         )

@@ -103,7 +103,7 @@ def serve(
         "methods.draft": draft,
         **model_flags(model, dtype, device, quantize, backend, threads),
     }
-    from tokenloom.methods.defaults import with_methods
+    from tokenloom.methods.defaults import with_drafter, with_methods
 
     settings = with_methods(read_settings(flags, config, set_))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -113,7 +113,7 @@ def serve(
     from tokenloom.serve.app import run_server
 
     with err.status(f"loading {settings.model.name}"):
-        engine = AsyncEngine(Engine(settings))
+        engine = AsyncEngine(with_drafter(Engine(settings)))
     run_server(engine, settings, announce=lambda url: _announce(engine.model_name, url))
 
 

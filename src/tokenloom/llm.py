@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from tokenloom.engine.request import Request
 from tokenloom.engine.sampling_params import SamplingParams
 from tokenloom.errors import RequestError
 from tokenloom.finetune.local import FinetuneResult, Rows, StepReport, finetune_folder
-from tokenloom.methods.defaults import methods_of, with_methods
+from tokenloom.methods.defaults import methods_of, with_drafter, with_methods
 from tokenloom.models.adapters import load_adapter
 from tokenloom.models.catalog import DEFAULT_MODEL
+from tokenloom.text.chat_context import context_tokens
 from tokenloom.text.tokenizer import Tokenizer
 
 Prompt = str | list[int]
@@ -63,14 +65,14 @@ class LLM:
 
     def __init__(self, model: str = DEFAULT_MODEL, **settings: Any) -> None:
         flags = {key.replace("__", ".", 1): value for key, value in settings.items()}
-        self.engine = Engine(with_methods(load_settings({"model.name": model, **flags})))
+        self.engine = with_drafter(Engine(with_methods(load_settings({"model.name": model, **flags}))))
         self._num_requests = 0
 
     @classmethod
     def from_settings(cls, settings: Settings) -> LLM:
         """A model by a settings tree that was read already."""
         llm = cls.__new__(cls)
-        llm.engine, llm._num_requests = Engine(with_methods(settings)), 0
+        llm.engine, llm._num_requests = with_drafter(Engine(with_methods(settings))), 0
         return llm
 
     @property
@@ -89,6 +91,7 @@ class LLM:
         adapter: str | None = None,
         kv: str | None = None,
         draft: str | None = None,
+        compress_upto: int | Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Continue each prompt; all of them run together.
 
@@ -100,6 +103,8 @@ class LLM:
                 as the settings say.
             draft: how tokens are guessed ahead, such as `"token_recycling+ngram"`; `"off"`: not at all. The
                 answer is the same. None: as the settings say.
+            compress_upto: tokens of each prompt (or of all) that `kv` compresses before the others are
+                computed: a text, without the question that follows it. None: the whole prompt.
 
         Returns:
             One output per prompt, in order.
@@ -111,12 +116,19 @@ class LLM:
         each = [params or SamplingParams()] * len(many) if not isinstance(params, Sequence) else list(params)
         if len(each) != len(many):
             raise RequestError(f"params has {len(each)} entries for {len(many)} prompts", param="params")
+        upto = list(compress_upto) if isinstance(compress_upto, Sequence) else [compress_upto] * len(many)
+        if len(upto) != len(many):
+            raise RequestError(
+                f"compress_upto has {len(upto)} entries for {len(many)} prompts", param="compress_upto"
+            )
         token_ids = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in many]
         loaded, (method, guesses) = self._adapter(adapter), methods_of(self.settings, kv, draft)
         return self._run(
             [
-                Request(self._next_id(), ids, p, adapter=loaded, kv=method, draft=guesses)
-                for ids, p in zip(token_ids, each, strict=True)
+                Request(
+                    self._next_id(), ids, p, adapter=loaded, kv=method, draft=guesses, compress_upto=first
+                )
+                for ids, p, first in zip(token_ids, each, upto, strict=True)
             ]
         )
 
@@ -128,6 +140,7 @@ class LLM:
         adapter: str | None = None,
         kv: str | None = None,
         draft: str | None = None,
+        compress_upto: int | None = None,
         **template_variables: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation, or several together.
@@ -135,6 +148,7 @@ class LLM:
         Args:
             messages: `{"role": ..., "content": ...}` dictionaries, or a list of such lists.
             params, adapter, kv, draft: as in `generate`.
+            compress_upto: so many first messages are what `kv` compresses, before the others are computed.
             template_variables: passed to the model's chat template.
 
         Returns:
@@ -145,13 +159,20 @@ class LLM:
         """
         single = bool(messages) and isinstance(messages[0], dict)
         conversations: Any = [messages] if single or not messages else messages
-        prompts: list[Prompt] = [
+        prompts: list[list[int]] = [
             self.tokenizer.encode(
                 self.tokenizer.render_chat(list(conversation), **template_variables), add_special_tokens=False
             )
             for conversation in conversations
         ]
-        return self.generate(prompts, params, adapter=adapter, kv=kv, draft=draft)
+        upto = None
+        if compress_upto is not None:
+            render = partial(self.tokenizer.render_chat, add_generation_prompt=False, **template_variables)
+            upto = [
+                context_tokens(self.tokenizer, render, list(conversation), compress_upto, prompt)
+                for conversation, prompt in zip(conversations, prompts, strict=True)
+            ]
+        return self.generate(prompts, params, adapter=adapter, kv=kv, draft=draft, compress_upto=upto)
 
     def stream(
         self,

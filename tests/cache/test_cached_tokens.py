@@ -140,16 +140,48 @@ def test_shared_blocks_are_left_as_they_are() -> None:
     assert rig.pool.num_used == 0
 
 
-def test_a_full_pool_is_no_obstacle_to_one_that_owns_its_blocks() -> None:
+@pytest.mark.parametrize("ragged", [False, True])
+def test_a_full_pool_is_no_obstacle_to_one_that_owns_its_blocks(ragged: bool) -> None:
+    """What is kept goes where something else of it lay; prefixes stay known where nothing was written."""
     rig = Rig(num_blocks=5)
     cached = rig.sequence()
     rig.append(cached, 2, range(20))
-    rig.pool.publish(cached.table.blocks[0], b"first")
-    cached.keep([torch.arange(1, 20, 2).expand(HEADS, -1)] * LAYERS)
-    assert tokens_in(cached, 2) == [[list(range(1, 20, 2))] * HEADS] * LAYERS
+    for i, block in enumerate(cached.table.blocks):
+        rig.pool.publish(block, bytes([i]))
+    odd, late = torch.arange(1, 20, 2), torch.arange(8, 20)
+    if ragged:
+        cached.keep_ragged([[odd, late]] * LAYERS)
+        assert tokens_in(cached, 2) == [[odd.tolist(), late.tolist()]] * LAYERS
+    else:
+        cached.keep([odd.expand(HEADS, -1)] * LAYERS)
+        assert tokens_in(cached, 2) == [[odd.tolist()] * HEADS] * LAYERS
     assert rig.pool.num_used == 3
-    assert rig.pool.lookup(b"first") is None
+    assert [rig.pool.holds(bytes([i])) for i in range(5)] == [True, True, False, False, False]
     rig.pool.check()
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_the_pool_never_holds_what_is_kept_twice(published: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig, used = Rig(), []
+    cached = rig.sequence()
+    rig.append(cached, 2, range(40))
+    if published:
+        for i, block in enumerate(cached.table.blocks):
+            rig.pool.publish(block, bytes([i]))
+    before, plain = cached.table.blocks, rig.pool.allocate
+
+    def watched(after: int | None = None, room: int = 1) -> int:
+        block = plain(after, room)
+        used.append(rig.pool.num_used)
+        return block
+
+    monkeypatch.setattr(rig.pool, "allocate", watched)
+    cached.keep([torch.arange(20, 40).expand(HEADS, -1)] * LAYERS)
+    assert used == [1, 2, 3, 4, 5]
+    if published:  # there is room beside them
+        assert all(rig.pool.holds(bytes([i])) for i in range(10))
+    else:  # its own pages
+        assert cached.table.blocks == before[:5]
 
 
 def test_a_full_pool_of_shared_blocks_changes_nothing() -> None:

@@ -30,7 +30,8 @@ class Call:
     priority: int
     cache_salt: str | None
     kv: Any
-    draft: Any
+    draft: Any = None
+    compress_upto: int | None = None
 
 
 class FakeEngine:
@@ -89,9 +90,10 @@ class FakeEngine:
         adapter: LoadedAdapter | None = None,
         kv: Any = None,
         draft: Any = None,
+        compress_upto: int | None = None,
     ) -> FakeStream:
         self._admit(prompt_token_ids)
-        call = Call(request_id, prompt_token_ids, params, priority, cache_salt, kv, draft)
+        call = Call(request_id, prompt_token_ids, params, priority, cache_salt, kv, draft, compress_upto)
         self.calls.append(call)
         return FakeStream(self, call)
 

@@ -130,6 +130,8 @@ def test_the_settings_name_methods_that_go_together(tiny_folder: Path) -> None:
         LLM(str(tiny_folder), methods__kv="streaming(budget=16)", methods__draft="ngram")
     with pytest.raises(ConfigError, match=r"methods\.draft"):
         LLM(str(tiny_folder), methods__draft="nosuch")
+    with pytest.raises(ConfigError, match="the model itself has 2"):
+        LLM(str(tiny_folder), methods__draft="draft_model(layers=2)", drafting__persist=False)
 
 
 def test_offline_calls_take_it_too(tiny_folder: Path) -> None:

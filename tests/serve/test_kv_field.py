@@ -90,3 +90,35 @@ def test_many_methods_at_once_give_what_each_gives_alone(real: Running) -> None:
     with ThreadPoolExecutor(12) as pool:
         together = list(pool.map(lambda i: scores(real, kv=specs[i % 4]), range(12)))
     assert together == alone * 3
+
+
+def test_a_context_is_compressed_before_the_question(real: Running) -> None:
+    """By tokens of a prompt, and by messages of a conversation."""
+    spec = "snapkv(budget=20, window=8)"
+    marked = scores(real, kv=spec, compress_upto=40)
+    assert marked != scores(real, kv=spec)
+    context = [{"role": "system", "content": LONG}, {"role": "user", "content": LONG}]
+    question = {"role": "user", "content": "where was the cat"}
+
+    def chat(**body: Any) -> Any:
+        asked = {"model": "tiny", "max_tokens": 6, "temperature": 0, "logprobs": True, "kv": spec, **body}
+        answer = real.http.post("/v1/chat/completions", json={"messages": [*context, question], **asked})
+        return answer.json()["choices"][0]["logprobs"]["content"]
+
+    assert chat(compress_upto=2) != chat()
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"kv": "snapkv", "compress_upto": 4000}, "compress_upto: it is 4000; "),
+        ({"kv": "quest", "compress_upto": 1}, "needs a kv method that compresses"),
+        ({"compress_upto": 1}, "needs a kv method that compresses"),
+        ({"kv": "snapkv", "compress_upto": 0}, "compress_upto"),
+        ({"kv": "snapkv", "compress_upto": "2"}, "compress_upto"),
+    ],
+)
+def test_a_context_that_makes_no_sense_is_refused(real: Running, body: Any, words: str) -> None:
+    assert words in assert_error(complete(real, prompt=LONG, **body), 400, "compress_upto")
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], **body}
+    assert words in assert_error(real.http.post("/v1/chat/completions", json=chat), 400, "compress_upto")

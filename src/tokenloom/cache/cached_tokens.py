@@ -159,77 +159,62 @@ class CachedTokens:
             index: for each layer `[Hk, n]`, ascending; n is the same in all of them.
 
         Raises:
-            OutOfBlocks: the blocks are shared, and there are none to copy to; nothing has changed.
+            OutOfBlocks: others share the blocks, and there are none to copy to; nothing has changed.
         """
         n = int(index[0].shape[1])
         source = [self.cells(layer, at).flatten() for layer, at in enumerate(index)]
-        kept = BlockTable(self.table.pool)
-        own = self._claim(kept, n)
-        slots = _slots_of(kept.blocks, self.kv)[:n]
+        self._exchange(self.table, n)
+        slots = _slots_of(self.table.blocks, self.kv)[:n]
         for layer, cells in enumerate(source):
             self.kv.copy_cells(cells, self.kv.cells(layer, slots).flatten())
-        self._replace_table(kept, own)
         self.dropped += self.length - n
         self.length = n
 
-    def _claim(self, kept: BlockTable, n: int) -> bool:
-        """Blocks for n tokens: fresh ones, or, where there are none, the sequence's own first ones (True)."""
-        needed = -(-n // self.kv.block_size)
-        try:
-            kept.grow(n)
-            return False
-        except OutOfBlocks:
-            kept.clear()
-            pool, blocks = self.table.pool, self.table.blocks[:needed]
-            if any(pool.refs(block) > 1 for block in blocks):
-                raise
-            for block in blocks:
-                pool.unpublish(block)
-                kept.adopt(block)
-            return True
+    def _exchange(self, table: BlockTable, n: int) -> None:
+        """Give the sequence's blocks back, and only then let `table` take blocks for n tokens.
 
-    def _replace_table(self, kept: BlockTable, own: bool) -> None:
-        """Give back what the table holds and `kept` does not, and let the table hold what `kept` does."""
-        if own:
-            del self.table.blocks[: len(kept.blocks)]
+        So the pool never holds both. What the old blocks hold is there until it is written over: whoever
+        copies reads everything that a write could reach first. Those that the prefix cache knows are the
+        last that the pool takes, and stay in it where there is room.
+        """
+        pool, blocks = self.table.pool, self.table.blocks
+        needed = -(-n // self.kv.block_size)
+        if pool.num_available + sum(pool.refs(block) == 1 for block in blocks) < needed:
+            raise OutOfBlocks
+        free = bool(blocks) and pool.refs(blocks[0]) == 1 and not pool.is_published(blocks[0])
+        after = blocks[0] - 1 if free else None  # its own pages again: fresh ones cost more than the copy
         self.table.clear()
-        self.table.blocks, self.table.contiguous = kept.blocks, kept.contiguous
+        table.grow(n, after=after)
 
     def keep_ragged(self, index: Sequence[Sequence[Tensor]]) -> None:
         """Keep these tokens alone: for each layer and kv head `[n]`, ascending, with an n of its own.
 
         Raises:
-            OutOfBlocks: there are not enough blocks to copy to; nothing has changed.
+            OutOfBlocks: others share the blocks, and there are not enough to copy to; nothing has changed.
         """
         if self.ragged is not None:
             raise RuntimeError("tokens were dropped by layer and head before")
-        counts = [[len(at) for at in heads] for heads in index]
+        source = []
+        for layer, heads in enumerate(index):
+            cells = self.cells(layer)
+            source += [cells[head, at] for head, at in enumerate(heads)]
+        counts = [len(at) for at in source]
         packed = BlockTable(self.table.pool)
         per_block = self.kv.block_size * self.num_kv_heads * self.num_layers
-        try:
-            packed.grow(-(-sum(map(sum, counts)) // per_block) * self.kv.block_size)
-        except OutOfBlocks:
-            packed.clear()
-            raise
+        self._exchange(packed, -(-sum(counts) // per_block) * self.kv.block_size)
         # Where block b's cells lie: in each layer a run of block_size * Hk.
         slots = _slots_of(packed.blocks, self.kv)
         runs = [self.kv.cells(layer, slots) for layer in range(self.num_layers)]
         free = torch.stack([r.view(self.num_kv_heads, -1, self.kv.block_size) for r in runs])
         free = free.permute(2, 0, 3, 1).flatten()  # by block, layer, slot, head: as memory goes
-        cells: list[list[Tensor]] = []
-        used = 0
-        for layer, heads in enumerate(index):
-            source = self.cells(layer)
-            cells.append([])
-            for head, at in enumerate(heads):
-                target = free[used : used + len(at)]
-                self.kv.copy_cells(source[head, at], target)
-                cells[-1].append(target)
-                used += len(at)
-        self.ragged = Ragged(packed.blocks, cells)
+        target = free[: sum(counts)].split(counts)
+        # All at once: a layer's tokens may go to where another layer's lie.
+        self.kv.copy_cells(torch.cat(source), torch.cat(target))
+        per_layer = self.num_kv_heads
+        cells_of = [list(target[i : i + per_layer]) for i in range(0, len(target), per_layer)]
+        self.ragged = Ragged(packed.blocks, cells_of)
         self.dropped += self.length
         self.length = 0
-        self.table.clear()
 
     def pack(self, tokens: int, codec: Codec) -> None:
         """Let a codec hold the first `tokens` tokens of the table, behind those that it holds already.
@@ -275,6 +260,12 @@ class CachedTokens:
         """Let the first kept tokens of a layer and kv head have other values, `[n, D]`."""
         cells = self.cells(layer)[head] if self.ragged is None else self.ragged.cells[layer][head]
         self.kv.write_values(cells[: len(values)], values)
+
+    def set_keys(self, index: Tensor, keys: Tensor) -> None:
+        """Let tokens at `index`, `[n]`, have other keys in every layer, `[L, n, Hk, D]`. Their blocks must be
+        the sequence's own: they are after `keep` and `overwrite`."""
+        cells = torch.stack([self.cells(layer, index) for layer in range(self.num_layers)])
+        self.kv.write_keys(cells.flatten(), keys.transpose(1, 2).flatten(0, 2))
 
     def clear(self) -> None:
         """Give everything back."""

@@ -132,11 +132,17 @@ class KVCache:
 
     def write_values(self, cells: Tensor, values: Tensor) -> None:
         """Store values `[n, D]` at cells `[n]`, whose keys stay."""
-        at = cells + self._behind
+        self._write(cells + self._behind, values)
+
+    def write_keys(self, cells: Tensor, keys: Tensor) -> None:
+        """Store keys `[n, D]` at cells `[n]`, whose values stay."""
+        self._write(cells, keys)
+
+    def _write(self, cells: Tensor, rows: Tensor) -> None:
         if self.quantized:
-            values, scales = quantize_heads(values)
-            self._scales.view(-1)[at] = scales
-        self._data.view(-1, self._data.shape[-1])[at] = values.to(self._data.dtype)
+            rows, scales = quantize_heads(rows)
+            self._scales.view(-1)[cells] = scales
+        self._data.view(-1, self._data.shape[-1])[cells] = rows.to(self._data.dtype)
 
     @property
     def _behind(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,10 +16,20 @@ if TYPE_CHECKING:
 class KVPolicy:
     """One sequence's policy; this base reads everything and keeps everything.
 
-    A token's *position* is its place in the text, its *index* its place in the cache; they differ once tokens
-    have been dropped. A policy lives as long as its sequence's keys and values: after a preemption a new one
-    starts with the first row.
+    A token's *position* is its place in the text (or what `seen_at` says), its *index* its place in
+    the cache; they differ once tokens have been dropped. A policy lives as long as its sequence's keys and
+    values: after a preemption a new one starts with the first row.
     """
+
+    holds: int | None = None
+    """After the prompt, never more tokens than this are cached, all at positions within the context: an
+    answer may be longer than that. None: the cache grows with the answer."""
+
+    heeds_context = False
+    """Whether it matters to this policy where the shape's `context_tokens` end."""
+
+    compact = False
+    """Whether what `seen_at` says stays within the model's context however long prompt and answer are."""
 
     last_rows = 1
     """So many rows of the prompt, the last ones, must be computed even where the prefix cache has them."""
@@ -26,6 +37,10 @@ class KVPolicy:
     def rows(self, start: int, wanted: int, most: int) -> int:
         """How many of the `wanted` rows from position `start` the next iteration computes, at most `most`."""
         return min(wanted, most)
+
+    def seen_at(self, start: int, rows: int) -> Sequence[int]:
+        """Where the model sees tokens at places `start .. start + rows` of the text."""
+        return range(start, start + rows)
 
     def attends(self, start: int, stop: int) -> bool:
         """Whether `attend` must be called for the rows at positions `start .. stop`."""
@@ -71,6 +86,16 @@ class SequenceShape:
     head_dim: int
     model: str = ""
     """The model's name: what was measured of a model once is found by it."""
+    max_position: int = 2**31
+    """How many positions the model knows."""
+    compress_upto: int | None = None
+    """What is dropped of the prompt is chosen among so many first tokens, once these are computed, before the
+    rest of it is; None: among all, once all are."""
+
+    @property
+    def context_tokens(self) -> int:
+        """How many tokens of the prompt are computed before anything is dropped of it."""
+        return self.prompt_tokens if self.compress_upto is None else self.compress_upto
 
 
 class KVMethod(Protocol):

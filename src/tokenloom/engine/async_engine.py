@@ -141,9 +141,11 @@ class AsyncEngine:
         adapter: LoadedAdapter | None = None,
         kv: KVMethod | None = None,
         draft: DraftMethod | None = None,
+        compress_upto: int | None = None,
     ) -> Stream:
         """Start a request; `adapter` is one of `engine.adapters`, `kv` how its cache is kept and read,
-        `draft` who guesses ahead.
+        `draft` who guesses ahead, `compress_upto` how many tokens are compressed before the others are
+        computed.
 
         Raises:
             RequestError: it can never be served; the message names the field.
@@ -159,6 +161,7 @@ class AsyncEngine:
             adapter=adapter,
             kv=kv,
             draft=draft,
+            compress_upto=compress_upto,
         )
         return self._submit(request)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from tokenloom.batch import Batch, BatchBuilder, SegmentKind
 from tokenloom.cache.block_pool import BlockPool, OutOfBlocks
 from tokenloom.cache.kv_cache import KVCache, bytes_per_token, default_pool_bytes
+from tokenloom.cache.policy import KVPolicy
 from tokenloom.cache.tier import open_tier
 from tokenloom.config import Settings
 from tokenloom.engine.adapters import AdapterRegistry
@@ -204,7 +205,7 @@ class Engine:
             plan.rows = dict(sorted(plan.rows.items(), key=lambda item: _adapter_version(item[0])))
         builder = BatchBuilder(self.device)
         for sequence, rows in plan.rows.items():
-            start = sequence.num_computed
+            start, policy, cached = sequence.num_computed, sequence.policy, sequence.cached
             samples = start + rows == len(sequence.tokens) and _generates(sequence)
             draft = plan.drafts.get(sequence)
             if draft is not None and draft.tree.num_rows:
@@ -227,9 +228,8 @@ class Engine:
                     block_size=self.pool.block_size,
                     contiguous=sequence.table.contiguous,
                     logits="last" if samples else "none",
-                    position=start,
+                    positions=None if policy is None else policy.seen_at(start, rows),
                 )
-            policy, cached = sequence.policy, sequence.cached
             if policy is not None and cached is not None:
                 cached.start, cached.length = start, sequence.kv_start + rows
                 if policy.attends(start, start + rows) or cached.blocks_apart:
@@ -264,6 +264,7 @@ class Engine:
                 ready.append(sequence)
         return ready
 
+    @torch.inference_mode()
     def _drop_tokens(self, sequence: Sequence) -> None:
         """Let a sequence's policy free what it will not read again."""
         policy, cached = sequence.policy, sequence.cached
@@ -408,9 +409,22 @@ class Engine:
 
     def max_output(self, request: Request) -> int:
         """Most tokens that a choice may have: what was asked, what the context and the KV pool hold."""
-        pool_tokens = self.pool.num_blocks * self.pool.block_size
-        room = min(self.max_model_len, pool_tokens) - len(request.prompt)
-        return room if request.params.max_tokens is None else min(request.params.max_tokens, room)
+        asked, prompt = request.params.max_tokens, len(request.prompt)
+        context, pool_tokens = self.max_model_len, self.pool.num_blocks * self.pool.block_size
+        policy = request.sequences[0].policy
+        if policy is not None:
+            context = self.context(policy)
+            if policy.holds is not None and asked is not None and max(policy.holds, prompt) < pool_tokens:
+                # Nothing that it needs grows: it ends where it was asked to.
+                return min(asked, (self.settings.model.max_model_len or asked + prompt) - prompt)
+        room = min(context, pool_tokens) - prompt
+        return room if asked is None else min(asked, room)
+
+    def context(self, policy: KVPolicy | None) -> int:
+        """Most tokens of a prompt and its answer together."""
+        if policy is None or not policy.compact:
+            return self.max_model_len
+        return self.settings.model.max_model_len or self.pool.num_blocks * self.pool.block_size
 
     # -- the end of a request ---------------------------------------------------------------------------
 

@@ -40,6 +40,8 @@ class Request:
     adapter: LoadedAdapter | None = None
     kv: KVMethod | None = None
     draft: DraftMethod | None = None
+    compress_upto: int | None = None
+    """So many first tokens of the prompt are what `kv` compresses, before the others are computed."""
     arrival_s: float = field(default_factory=time.monotonic)
 
     sequences: list[Sequence] = field(default_factory=list)
@@ -67,12 +69,14 @@ class Request:
         most = self.params.max_tokens
         return SequenceShape(
             len(self.prompt),
-            config.max_position - len(self.prompt) if most is None else most,
+            max(0, config.max_position - len(self.prompt)) if most is None else most,
             config.num_layers,
             config.num_heads,
             config.num_kv_heads,
             config.head_dim,
             model,
+            config.max_position,
+            self.compress_upto,
         )
 
     @property
@@ -119,6 +123,14 @@ class Sequence:
     def kv_start(self) -> int:
         """Index in the table of the next token to compute: its position, less what was dropped."""
         return self.num_computed - (self.cached.dropped if self.cached is not None else 0)
+
+    @property
+    def most_cached(self) -> int:
+        """How many tokens must fit into the pool at a time for all of them to be computed."""
+        most = len(self.tokens)
+        if self.policy is not None and self.policy.holds is not None:
+            most = min(most, max(len(self.request.prompt), self.policy.holds) + 1)
+        return most
 
     @property
     def blocks(self) -> list[int]:

@@ -208,7 +208,7 @@ class Scheduler:
         mlfq, of sequences that stand below it."""
 
         def missing() -> int:
-            return sequence.table.missing(len(sequence.tokens)) - self.pool.num_available
+            return sequence.table.missing(sequence.most_cached) - self.pool.num_available
 
         while missing() > 0 and self.reclaim():
             continue

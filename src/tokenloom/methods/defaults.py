@@ -11,6 +11,7 @@ from pathlib import Path
 from tokenloom.cache.policy import KVMethod
 from tokenloom.config import ConfigError, Settings
 from tokenloom.engine.draft import DraftMethod
+from tokenloom.engine.engine import Engine
 from tokenloom.errors import RequestError
 from tokenloom.methods.drafting import draft_method
 from tokenloom.methods.kv import combine
@@ -39,6 +40,21 @@ def with_methods(settings: Settings) -> Settings:
     except RequestError as error:
         raise ConfigError(f"setting methods.{error}") from error
     return settings
+
+
+def with_drafter(engine: Engine) -> Engine:
+    """The engine, once its settings' own drafting method has been checked and has what it needs in memory.
+
+    Raises:
+        ConfigError: this engine cannot run it.
+    """
+    method = draft_method(engine.settings.methods.draft)
+    if method is not None:
+        try:
+            method.check(engine)
+        except RequestError as error:
+            raise ConfigError(f"setting methods.{error}") from error
+    return engine
 
 
 def methods_of(

@@ -6,6 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -38,6 +39,7 @@ from tokenloom.serve.logprobs import chat_logprobs, prompt_logprobs
 from tokenloom.serve.models import Models
 from tokenloom.serve.protocol import Usage
 from tokenloom.serve.streaming import EventStream, documented, primed
+from tokenloom.text.chat_context import context_tokens
 
 
 def chat_router(engine: AsyncEngine, models: Models) -> APIRouter:
@@ -58,7 +60,8 @@ def chat_router(engine: AsyncEngine, models: Models) -> APIRouter:
         )
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
         with prompt_is("messages"):
-            generation = await Generation.start(engine, body, [prompt], params, adapter)
+            upto = await _context(engine, body, prompt)
+            generation = await Generation.start(engine, body, [prompt], params, adapter, upto)
         if body.stream:
             return await _stream(engine, body, request, generation, head)
         try:
@@ -102,6 +105,18 @@ async def render(
     with prompt_is("messages"):
         [tokens] = await encode(engine, [text], special=False)
     return tokens
+
+
+async def _context(engine: AsyncEngine, body: ChatRequest, prompt: list[int]) -> int | None:
+    """How many tokens of the prompt are of the messages to compress. Raises RequestError (compress_upto)."""
+    if body.compress_upto is None:
+        return None
+    knows_developer = _template_knows("developer", engine)
+    plain = [message.for_template(knows_developer=knows_developer) for message in body.messages]
+    render = partial(engine.tokenizer.render_chat, tools=_tools(body, engine), add_generation_prompt=False)
+    return await asyncio.to_thread(
+        context_tokens, engine.tokenizer, render, plain, body.compress_upto, prompt
+    )
 
 
 def _whole(engine: AsyncEngine, answer: RequestOutput, usage: Usage, head: dict[str, Any]) -> ChatResponse:

@@ -54,7 +54,7 @@ def completions_router(engine: AsyncEngine, models: Models) -> APIRouter:
             prompt_logprobs=body.logprobs if scores_prompt else body.prompt_logprobs,
         )
         with prompt_is("prompt"):
-            generation = await Generation.start(engine, body, prompts, params, adapter)
+            generation = await Generation.start(engine, body, prompts, params, adapter, body.compress_upto)
         answer = _Answer(engine, body, generation)
         if body.stream:
             try:

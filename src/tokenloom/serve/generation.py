@@ -116,8 +116,12 @@ class Generation:
         prompts: list[list[int]],
         params: SamplingParams,
         adapter: LoadedAdapter | None = None,
+        compress_upto: int | None = None,
     ) -> Generation:
         """Send every prompt to the engine, or none: if it refuses one, the others are taken back.
+
+        Args:
+            compress_upto: tokens of each prompt that `body.kv` compresses before the others are computed.
 
         Raises:
             RequestError, EngineBusyError, EngineStoppedError: as `AsyncEngine.generate`.
@@ -135,6 +139,7 @@ class Generation:
                     adapter=adapter,
                     kv=method,
                     draft=guesses,
+                    compress_upto=compress_upto,
                 )
                 generation._streams.append(stream)
         except BaseException:

@@ -185,6 +185,7 @@ class SamplingFields(RequestBody):
     cache_salt: str | None = Field(None, min_length=1, max_length=256)
     kv: str | None = Field(None, max_length=MAX_SPEC_CHARACTERS)
     draft: str | None = Field(None, max_length=MAX_SPEC_CHARACTERS)
+    compress_upto: Integer | None = Field(None, ge=1, lt=2**31)
 
     @model_validator(mode="after")
     def _check_streaming(self) -> SamplingFields:

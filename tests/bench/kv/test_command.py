@@ -30,7 +30,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_it_compares_and_writes(folder: str, tmp_path: Path) -> None:
-    options = ["--budget", "32", "--probe", "text", "--prompt-tokens", "100", "--rows", "8"]
+    options = ["--budget", "32", "--probe", "text,needle", "--prompt-tokens", "200", "--rows", "8"]
+    options += ["--depths", "0.5", "--reuse-prompts"]
     done = run("kv", "snapkv(window=8)", "streaming", *options, "-m", folder, "-o", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "streaming(budget=32)" in done.stdout and "pareto.png" in done.stdout
@@ -47,6 +48,7 @@ def test_it_compares_and_writes(folder: str, tmp_path: Path) -> None:
         (["snapvk"], "snapvk"),
         (["snapkv", "--probe", "haystack"], "haystack"),
         (["snapkv", "--budget", "few"], "few"),
+        (["snapkv", "--depths", "deep"], "depths"),
         (["snapkv", "--prompt-tokens", "5000"], "context"),
     ],
 )

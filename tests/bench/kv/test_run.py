@@ -13,11 +13,12 @@ from rich.console import Console
 
 from tiny_models import build_tiny
 from tokenloom.bench.kv import report
-from tokenloom.bench.kv.probes import KINDS, Sizes
+from tokenloom.bench.kv.probes import KINDS, Sizes, parse_depths
 from tokenloom.bench.kv.quality import overlap, quality
 from tokenloom.bench.kv.run import measure
 from tokenloom.bench.kv.specs import candidates, default_specs, parse_budgets
 from tokenloom.config import load_settings
+from tokenloom.engine.engine import Engine
 from tokenloom.errors import RequestError
 
 SIZES = Sizes(prompt_tokens=300, rows=8, copy_tokens=200, depths=(0.5,), keys=2, asked=1)
@@ -44,6 +45,47 @@ def test_budgets_go_into_the_first_method_that_takes_one() -> None:
         ("quest(budget=7)", "quest(budget=7)", None),
         ("int8", "int8", None),
     ]
+
+
+def test_budgets_are_tokens_parts_or_the_papers_grid() -> None:
+    assert parse_budgets("64, 0.25,12.5%") == [64, 0.25, 0.125]
+    assert parse_budgets("grid") == [0.75, 0.5, 0.25, 0.125]
+    with pytest.raises(RequestError, match="budget: 'few%' is not"):
+        parse_budgets("few%")
+
+
+def test_depths_are_parts_of_a_prompt() -> None:
+    assert parse_depths("0,0.5, 1") == (0.0, 0.5, 1.0)
+    for wrong in ("", "deep", "0.5,1.1"):
+        with pytest.raises(RequestError, match="depths: "):
+            parse_depths(wrong)
+
+
+def test_a_prompt_that_is_reused_is_computed_once_and_tells_the_same(tmp_path: Path) -> None:
+    folder = str(build_tiny(tmp_path, "llama", max_position_embeddings=1024)[0])
+    settings = load_settings({"model.name": folder, "model.dtype": "float64", "cache.kv_bytes": 2**23})
+    found = candidates(["snapkv(window=8)", "quest(page=4)", "h2o(min_prompt=0)"], [0.25])
+    sizes = Sizes(prompt_tokens=300, rows=8, depths=(0.3, 0.8))
+    kinds, computed = ["needle", "text"], []
+    run = Engine._build
+
+    def spy(self: Engine, plan: Any, train_rows: int) -> Any:
+        computed[-1] += plan.num_rows
+        return run(self, plan, train_rows)
+
+    both = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "_build", spy)
+        for reuse in (False, True):
+            computed.append(0)
+            both.append(measure(settings, found, kinds, sizes, reuse_prompts=reuse))
+    for fresh, reused in zip(both[0]["methods"], both[1]["methods"], strict=True):
+        for group in ("needle", "text"):
+            for number in ("nll", "kl", "kv_bytes", "tokens_read"):
+                expected = pytest.approx(fresh["groups"][group][number], abs=1e-8)
+                assert reused["groups"][group][number] == expected
+    # Of four computations of each of three prompts one is left, and h2o's, which must see all rows.
+    assert 3 * 2 * 300 <= computed[1] < computed[0] * 0.7
 
 
 def test_specs_are_checked_before_anything_runs() -> None:

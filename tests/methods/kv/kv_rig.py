@@ -33,7 +33,13 @@ def build_engine(files: ModelFiles, **flags: Any) -> Engine:
 
 
 def request(
-    prompt: list[int], kv: str = "", name: str = "r", *, max_tokens: int = 12, n: int = 1, **params: Any
+    prompt: list[int],
+    kv: str = "",
+    name: str = "r",
+    *,
+    max_tokens: int | None = 12,
+    n: int = 1,
+    **params: Any,
 ) -> Request:
     chosen: dict[str, Any] = {"temperature": 0.0, "logprobs": 2, "ignore_eos": True, **params}
     return Request(name, prompt, SamplingParams(max_tokens=max_tokens, n=n, **chosen), kv=combine(kv))

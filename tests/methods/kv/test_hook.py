@@ -24,6 +24,7 @@ NEUTRAL = [
     "snapkv(budget=500)",
     "snapkv(budget=500)+pyramid+adakv+merge",
     "keydiff(budget=500)",
+    "knorm(budget=500)",
     "random(budget=1.0)",
     "streaming(budget=500)",
     "quest(budget=500)",
@@ -41,11 +42,14 @@ SMALL = [
     "snapkv(budget=24, window=8)+adakv",
     "snapkv(budget=24, window=8)+pyramid+adakv+merge",
     "keydiff(budget=24, window=8)",
+    "knorm(budget=24)",
     "random(budget=24, window=8)",
     "streaming(budget=24)",
+    "streaming(budget=24, positions=cache)",
     "quest(budget=12, page=4, dense_layers=1)",
     "quest(budget=12, page=4, dense_layers=0, group=q)",
     "tokenselect(budget=24, n_init=2, chunk=8, theta=1.0)",
+    "tokenselect(budget=0.25, n_init=2, chunk=8, theta=1.0)",
     "tokenselect(budget=24, n_init=2, chunk=8, prefill=False)",
     "keydiff(budget=60, window=8)+quest(budget=12, page=4, dense_layers=0)",
     "kivi(bits=2, residual=32, keep_sinks=4)",
@@ -187,6 +191,31 @@ def test_blocks_in_use_after_the_prompt_are_the_budgets(files: ModelFiles, spec:
     assert engine.pool.num_used == 0
 
 
+@pytest.mark.parametrize(
+    "spec", ["snapkv(budget=24, window=8)", "snapkv(budget=24, window=8)+adakv", "streaming(budget=24)"]
+)
+def test_an_evictors_peak_is_the_prompt_and_prompts_leave_in_inference_mode(
+    files: ModelFiles, spec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, used, inferring = build_engine(files), [], []
+    allocate, copy_cells = engine.pool.allocate, engine.kv.copy_cells
+
+    def watched(*args: Any) -> int:
+        block = allocate(*args)
+        used.append(engine.pool.num_used)
+        return block
+
+    def watched_copy(source: torch.Tensor, target: torch.Tensor) -> None:
+        inferring.append(torch.is_inference_mode_enabled())
+        copy_cells(source, target)
+
+    monkeypatch.setattr(engine.pool, "allocate", watched)
+    monkeypatch.setattr(engine.kv, "copy_cells", watched_copy)
+    answer(engine, PROMPT, spec)
+    assert max(used) == -(-len(PROMPT) // BLOCK)
+    assert inferring and all(inferring)
+
+
 def test_a_stream_far_longer_than_its_budget_uses_the_same_blocks_throughout(files: ModelFiles) -> None:
     engine, seen = build_engine(files, cache__prefix_caching=False), []
     prompt = request(PROMPT, "streaming(budget=20)", max_tokens=300)
@@ -224,7 +253,7 @@ def test_a_method_that_watches_and_leaves_all_as_it_is_costs_no_bit(files: Model
             return
 
         def policy(self, shape: SequenceShape) -> KVPolicy:
-            assert shape == SequenceShape(90, 12, 3, 4, 2, 16, "tiny-llama")
+            assert shape == SequenceShape(90, 12, 3, 4, 2, 16, "tiny-llama", 512)
             return Watcher()
 
     for backend, flags in BACKENDS.items():

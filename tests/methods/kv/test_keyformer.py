@@ -252,6 +252,28 @@ def test_memory_does_not_grow(tiny: tuple[ModelFiles, ListModel]) -> None:
     assert len(used) == 499 and set(used) == {4}  # 15 tokens at most, 4 to a block
 
 
+@pytest.mark.parametrize("spec", ["keyformer", "h2o"])
+def test_a_quarter_is_at_most_thirty_per_cent_of_dense_bytes(
+    tiny: tuple[ModelFiles, ListModel], spec: str
+) -> None:
+    """By the pool's own count, after the prompt and all through an answer of half its length."""
+    files, _ = tiny
+    prompt, blocks = [(i * 31) % 190 for i in range(320)], []
+    for chosen in (f"{spec}(budget=0.25)", "off"):
+        target = engine(files, cache__prefix_caching=False)
+        asked = request(chosen, prompt, max_tokens=160)
+        target.add(asked)
+        used: list[int] = []
+        while target.has_work:
+            target.step()
+            if asked.sequences[0].num_output and not asked.finished:
+                used.append(target.pool.num_used)
+        blocks.append(used)
+    for evicting, dense in zip(*blocks, strict=True):
+        assert evicting <= 0.3 * dense
+    assert set(blocks[0]) == {80 // kv_rig.BLOCK + 1} | {80 // kv_rig.BLOCK}
+
+
 def test_only_competing_tokens_get_among_the_keys(tiny: tuple[ModelFiles, ListModel]) -> None:
     files, _ = tiny
     for compete in (True, False):

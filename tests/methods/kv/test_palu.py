@@ -14,11 +14,8 @@ from kv_rig import BLOCK, answer, bits, build_engine, request, run, same, text_o
 from tokenloom.calibrate_cli import calibrate_app
 from tokenloom.errors import RequestError
 from tokenloom.methods.kv import combine
-from tokenloom.methods.kv.palu import rotate, unrotate
 from tokenloom.methods.kv.palu_calibration import calibrate
-from tokenloom.models.config import RopeConfig
 from tokenloom.models.loader import ModelFiles
-from tokenloom.models.rope import Rope
 
 PROMPT = text_of(1, 90)
 TEXT = Path(__file__)
@@ -36,17 +33,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelFiles]:
         del os.environ["TOKENLOOM_HOME"]
     else:
         os.environ["TOKENLOOM_HOME"] = before
-
-
-@pytest.mark.parametrize("kind", ["default", "yarn"])
-def test_a_key_is_turned_back_to_what_it_was(kind: str) -> None:
-    config = RopeConfig(10000.0, kind, factor=4.0, original_max_position=32)
-    rotation = Rope(config, 16, 200).cos_sin
-    keys, positions = torch.randn(50, 2, 16, dtype=torch.float64), torch.arange(100, 150)
-    turned = keys.clone()
-    rotate(turned, rotation, positions)
-    assert (turned - keys).abs().max() > 1
-    torch.testing.assert_close(unrotate(turned, rotation, positions), keys, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("spec", ["palu(ratio=1.0)", "palu(ratio=1.0, groups=2)"])

@@ -16,9 +16,11 @@ from tokenloom.methods.kv.adakv import AdaKV
 from tokenloom.methods.kv.budget import tokens_of
 from tokenloom.methods.kv.eviction import Eviction
 from tokenloom.methods.kv.keydiff import KeyDiff
+from tokenloom.methods.kv.knorm import knorm
 from tokenloom.methods.kv.merge import Merge
 from tokenloom.methods.kv.parts import Scorer
 from tokenloom.methods.kv.pyramid import Pyramid
+from tokenloom.methods.kv.random_tokens import RandomTokens
 from tokenloom.methods.kv.snapkv import SnapKV, window_attention
 
 N, HK, G, D, W = 40, 2, 3, 16, 6
@@ -172,3 +174,28 @@ def test_scores_of_the_wrong_shape_are_refused() -> None:
     policy = Eviction(SequenceShape(N, 5, 1, HK * G, HK, D), Given(torch.rand(HK, N - 1)))
     with pytest.raises(ValueError, match=r"scores are \[2, 39\], expected \[2, 40\]"):
         policy._choose(0, *drawn()[:2], 10)
+
+
+def test_what_is_kept_by_lot_differs_by_layer_and_head_and_not_by_run() -> None:
+    def drawn_by(layer: int, seed: int = 0) -> Tensor:
+        return RandomTokens(seed=seed).score_layer(layer, *drawn())
+
+    assert torch.equal(drawn_by(2), drawn_by(2))
+    others = [*drawn_by(2), *drawn_by(3), *drawn_by(2, seed=1)]
+    assert len({tuple(scores.tolist()) for scores in others}) == 3 * HK
+
+
+def test_knorm_keeps_the_shortest_keys() -> None:
+    keys, values, _ = drawn()
+    scores = knorm(keys, values, torch.empty(0))
+    for head in range(HK):
+        lengths = [float((keys[t, head] ** 2).sum()) ** 0.5 for t in range(N)]
+        assert scores[head].argsort(descending=True).tolist() == sorted(range(N), key=lengths.__getitem__)
+
+
+def test_a_window_may_be_a_part_of_the_budget() -> None:
+    shape = SequenceShape(N, 5, 1, HK * G, HK, D)
+    assert [Eviction(shape, KeyDiff(budget=20, window=w)).window for w in (0.3, 7, 0)] == [6, 7, 0]
+    for wrong in (-0.5, 1.5, -1):
+        with pytest.raises(ValueError, match=f"window must be .*, not {wrong}"):
+            KeyDiff(window=wrong)

@@ -13,13 +13,14 @@ from typer.testing import CliRunner
 
 from tiny_models import build_tiny
 from tokenloom import LLM, SamplingParams
+from tokenloom.cache.policy import SequenceShape
 from tokenloom.calibrate_cli import calibrate_app
 from tokenloom.engine.request import Request
 from tokenloom.errors import RequestError
 from tokenloom.kernels import native
 from tokenloom.methods.kv import combine, token_sparse
 from tokenloom.methods.kv.calibration import load
-from tokenloom.methods.kv.token_sparse import TokenSparsePolicy, kept_tokens
+from tokenloom.methods.kv.token_sparse import TokenSparse, TokenSparsePolicy, attention_of, kept_tokens
 
 L, HQ, HK, D = 3, 4, 2, 16
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -105,6 +106,32 @@ def test_the_smallest_scores_go_until_they_hold_tau() -> None:
     assert kept_tokens(scores * 7, 0.005, 1) == 1
     assert kept_tokens(scores, 0.0, 1) == 4
     assert kept_tokens(scores, 0.0005, 1) == 4  # not even the smallest
+
+
+def policy_of(**knobs: Any) -> Any:
+    shape = SequenceShape(60, 5, 2, 4, 2, 16)
+    return TokenSparse(layers=(1,), window=8, pool=1, min_tokens=4, **knobs).policy(shape)
+
+
+def test_rows_by_lot_observe_what_is_before_them() -> None:
+    keys, q = torch.randn(60, 2, 16).double(), torch.randn(32, 4, 16).double()
+    rows = torch.tensor([3, 30, 17])
+    seen = attention_of(keys, q[rows], rows + 28)
+    for i, row in enumerate(rows.tolist()):
+        for head in range(4):
+            weights = torch.softmax(keys[: row + 29, head // 2] @ q[row, head] / 4, 0)
+            torch.testing.assert_close(seen[head // 2, head % 2, i, : row + 29], weights)
+            assert not seen[head // 2, head % 2, i, row + 29 :].any()
+    last, lot, again = (
+        policy_of(tau=0.3, observers=observers).choose(q, keys) for observers in ("last", "random", "random")
+    )
+    assert torch.equal(lot, again) and not (last.shape == lot.shape and torch.equal(last, lot))
+
+
+@pytest.mark.parametrize(("keep", "kept"), [(0.25, 13), (0.5, 26), (0.02, 4), (1.0, 52)])
+def test_a_fixed_part_is_kept_whatever_the_scores(keep: float, kept: int) -> None:
+    keys, q = torch.randn(60, 2, 16), torch.randn(32, 4, 16)
+    assert policy_of(keep=keep).choose(q, keys).shape == (4, kept + 8)
 
 
 @pytest.mark.parametrize("group", ["q", "kv"])

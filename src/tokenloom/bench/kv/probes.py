@@ -63,6 +63,21 @@ class Sizes:
     question_in_prompt: bool = False
 
 
+def parse_depths(text: str) -> tuple[float, ...]:
+    """`0.1,0.5` -> parts of a prompt.
+
+    Raises:
+        RequestError: one is no number between 0 and 1, or there is none.
+    """
+    try:
+        depths = tuple(float(item) for item in text.split(",") if item.strip())
+    except ValueError:
+        depths = ()
+    if not depths or not all(0 <= depth <= 1 for depth in depths):
+        raise RequestError(f"depths: {text!r} is not a list of numbers from 0 to 1 such as 0.1,0.5,0.9")
+    return depths
+
+
 def text(corpus: Corpus, sizes: Sizes) -> list[Probe]:
     """Any text, and what comes next in it: KL to dense attention, agreement, perplexity."""
     n, rows = sizes.prompt_tokens, sizes.rows

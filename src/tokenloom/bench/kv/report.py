@@ -96,7 +96,7 @@ def print_table(results: dict[str, Any], console: Console) -> None:
             f"{c['kv_bytes_peak'] / 1e6:.1f}",
             f"{c['tokens_read']:.0f}",
             f"{c['tokens_read_part']:.0%}",
-            f"{c['ttft_ms']:.0f}",
+            "-" if results["reuse_prompts"] else f"{c['ttft_ms']:.0f}",
             f"{c['tpot_ms']:.1f}",
         )
     console.print(table)

@@ -31,6 +31,7 @@ def measure(
     *,
     source: str = "docs",
     seed: int = 0,
+    reuse_prompts: bool = False,
     tell: Callable[[str], None] = lambda line: None,
     keep: Callable[[dict[str, Any]], object] = lambda results: None,
 ) -> dict[str, Any]:
@@ -40,7 +41,9 @@ def measure(
         found: of `candidates`; the first is dense attention.
         kinds: of `probes.KINDS`.
         source, seed: of the text, and of where in it a probe begins.
-        tell: is told what runs now; keep: is given the results so far, after each candidate.
+        reuse_prompts: compute a prompt once for all methods that leave it as dense attention has it: long
+            ones take a fraction of the time, but `ttft_ms` says nothing then.
+        tell: is told what runs now; keep: is given the results so far, after each probe.
 
     Returns:
         Ready for JSON: see `docs/methods/kv.md`. A candidate that the engine refuses has an `error`.
@@ -48,13 +51,11 @@ def measure(
     Raises:
         RequestError: a probe cannot be built, or dense attention cannot run it.
     """
-    engine = TeacherEngine(settings)
+    engine = TeacherEngine(settings, reuse_prompts=reuse_prompts)
     probes = build(kinds, Corpus(engine.tokenizer, source, seed), sizes)
-    dense: list[Run] = []
-    for i, probe in enumerate(probes):
-        tell(f"dense attention: {probe.group} ({i + 1} of {len(probes)})")
-        run = engine.run(probe.prompt, probe.given, new_tokens=probe.new_tokens)
-        dense.append(run)
+    rows: list[dict[str, Any]] = [
+        {**asdict(candidate), "error": None, "probes": [], "groups": {}} for candidate in found
+    ]
     results: dict[str, Any] = {
         "version": VERSION,
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -67,25 +68,27 @@ def measure(
         "text": source,
         "seed": seed,
         "sizes": asdict(sizes),
-        "methods": [],
+        "reuse_prompts": reuse_prompts,
+        "methods": rows,
     }
     engines = {settings.cache.dtype: engine}
-    for candidate in found:
-        row: dict[str, Any] = {**asdict(candidate), "error": None, "probes": []}
-        results["methods"].append(row)
-        try:
-            needed = settings_for(candidate, settings)
-            if needed.cache.dtype not in engines:
-                engines[needed.cache.dtype] = TeacherEngine(needed)
-            own = engines[needed.cache.dtype]
-            for probe, reference in zip(probes, dense, strict=True):
-                if probe.group == "copy absent" and candidate is not found[0]:
-                    continue
-                tell(f"{candidate.spec}: {probe.group}")
-                row["probes"].append(_result(own, candidate, probe, reference))
-        except RequestError as error:
-            row["error"] = str(error)
-        row["groups"] = _by_group(row["probes"])
+    for i, probe in enumerate(probes):
+        count = f"{probe.group} ({i + 1} of {len(probes)})"
+        tell(f"dense attention: {count}")
+        dense = engine.run(probe.prompt, probe.given, new_tokens=probe.new_tokens)
+        for candidate, row in zip(found, rows, strict=True):
+            if row["error"] is not None or (probe.group == "copy absent" and candidate is not found[0]):
+                continue
+            tell(f"{candidate.spec}: {count}")
+            try:
+                needed = settings_for(candidate, settings)
+                if needed.cache.dtype not in engines:
+                    engines[needed.cache.dtype] = TeacherEngine(needed, reuse_prompts=reuse_prompts)
+                row["probes"].append(_result(engines[needed.cache.dtype], candidate, probe, dense))
+            except RequestError as error:
+                row["error"] = str(error)
+        for row in rows:
+            row["groups"] = _by_group(row["probes"])
         keep(results)
     return results
 

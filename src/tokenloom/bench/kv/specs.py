@@ -12,6 +12,7 @@ from tokenloom.methods.kv import Combination, combine
 from tokenloom.methods.registry import entries, parts_of
 
 DENSE = "off"
+GRID = (0.75, 0.5, 0.25, 0.125)
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,23 @@ def default_specs() -> list[str]:
 
 
 def parse_budgets(text: str) -> list[int | float]:
-    """`64,0.25` -> tokens, and parts of a prompt.
+    """`64,0.25,12.5%` -> tokens, and parts of a prompt; `grid` -> those at which papers remove 25 to 87.5 %.
 
     Raises:
         RequestError: one is not a number.
     """
+    if text.strip() == "grid":
+        return list(GRID)
     try:
-        return [float(item) if "." in item else int(item) for item in text.split(",") if item.strip()]
+        return [_budget(item.strip()) for item in text.split(",") if item.strip()]
     except ValueError:
-        raise RequestError(f"budget: {text!r} is not a list of numbers such as 64,0.25") from None
+        raise RequestError(f"budget: {text!r} is not a list of numbers such as 64,0.25,12.5%") from None
+
+
+def _budget(item: str) -> int | float:
+    if item.endswith("%"):
+        return float(item[:-1]) / 100
+    return float(item) if "." in item else int(item)
 
 
 def _with_budget(spec: str, budget: int | float) -> str:

@@ -49,10 +49,17 @@ class Run:
 
 
 class TeacherEngine(Engine):
-    """Runs one request at a time; see `run`."""
+    """Runs one request at a time; see `run`.
 
-    def __init__(self, settings: Settings, files: ModelFiles | None = None) -> None:
+    Args:
+        reuse_prompts: whether a prompt's keys and values stay in the prefix cache for the next run.
+    """
+
+    def __init__(
+        self, settings: Settings, files: ModelFiles | None = None, *, reuse_prompts: bool = False
+    ) -> None:
         super().__init__(settings, files)
+        self.reuse_prompts = reuse_prompts
         self._given: list[int] | None = None
         self._run: Run | None = None
         self._blocks_before = self._most_blocks = 0
@@ -77,13 +84,9 @@ class TeacherEngine(Engine):
         Raises:
             RequestError: the engine cannot serve such a request.
         """
-        self.pool.forget_prefixes()
+        if not self.reuse_prompts:
+            self.pool.forget_prefixes()
         count = new_tokens if given is None else len(given)
-        if len(prompt) + count > self.max_model_len:
-            raise RequestError(
-                f"a prompt of {len(prompt)} tokens and {count} more do not fit the context of "
-                f"{self.max_model_len} tokens"
-            )
         params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
         request = Request("teacher", prompt, params, kv=method)
         run = Run()
@@ -91,6 +94,12 @@ class TeacherEngine(Engine):
         self._blocks_before = self._most_blocks = self.pool.num_used
         self.add(request)
         sequence = request.sequences[0]
+        if self.max_output(request) < count:
+            self.abort(request.request_id)
+            raise RequestError(
+                f"a prompt of {len(prompt)} tokens and {count} more do not fit the context of "
+                f"{self.context(sequence.policy)} tokens"
+            )
         reads = _Reads(sequence, self.config.num_layers, self.config.num_kv_heads)
         start = time.perf_counter()
         try:

@@ -9,6 +9,12 @@ def check_budget(budget: int | float) -> None:
         raise ValueError(f"budget must be a number of tokens, or a part between 0 and 1, not {budget}")
 
 
+def check_window(window: int | float) -> None:
+    """Raise ValueError unless this is a number of tokens (0, 1, ...) or a part of the budget (0 < x < 1)."""
+    if not 0 <= window < 2**31 or (window > 1 and window != int(window)):
+        raise ValueError(f"window must be a number of tokens, or a part of the budget, not {window}")
+
+
 def tokens_of(budget: int | float, prompt_tokens: int) -> int:
     """How many tokens that is; 1 is one token, 1.0 the whole prompt."""
     if isinstance(budget, float) and budget <= 1:

@@ -77,11 +77,19 @@ class Together(KVPolicy):
     def __init__(self, policies: Sequence[KVPolicy]) -> None:
         self.policies = policies
         self.last_rows = max((p.last_rows for p in policies), default=1)
+        self.heeds_context = any(p.heeds_context for p in policies)
+        self.compact = any(p.compact for p in policies)
+        self.holds = next((p.holds for p in policies if p.holds is not None), None)
 
     def rows(self, start: int, wanted: int, most: int) -> int:
         for policy in self.policies:
             wanted = policy.rows(start, wanted, most)
         return min(wanted, most)
+
+    def seen_at(self, start: int, rows: int) -> Sequence[int]:
+        plain = range(start, start + rows)
+        each = (policy.seen_at(start, rows) for policy in self.policies)
+        return next((at for at in each if at != plain), plain)
 
     def attends(self, start: int, stop: int) -> bool:
         return any(policy.attends(start, stop) for policy in self.policies)
@@ -136,7 +144,7 @@ def combine(spec: str) -> Combination | None:
             param="kv",
         )
     for entry, part in named:
-        for role, reason in part.conflicts.items():
+        for role, reason in part.excludes().items():
             if role in by_role:
                 raise RequestError(
                     f"kv: {entry.name} and {by_role[role]} do not go together: {reason}", param="kv"

@@ -16,10 +16,11 @@ from tokenloom.methods.kv.parts import HeadBudget, LayerBudget, Merger, Scorer
 
 @dataclass
 class Eviction(KVPolicy):
-    """Drops what a scorer ranks last, when the prompt is complete; what comes after it is kept.
+    """Drops what a scorer ranks last, when the prompt's context is complete; what comes after it is kept.
 
-    The prompt's own rows read everything, so its blocks can be shared by prefix as without a policy, and the
-    answer's first token is the one that plain attention gives.
+    The context is the whole prompt unless the request says that a question follows it. Its own rows read
+    everything, so its blocks can be shared by prefix as without a policy. Without a question, the answer's
+    first token is then the one that plain attention gives.
     """
 
     shape: SequenceShape
@@ -31,38 +32,39 @@ class Eviction(KVPolicy):
     queries: dict[int, Tensor] = field(default_factory=dict)  # by layer: those of the window so far
 
     def __post_init__(self) -> None:
-        prompt = self.shape.prompt_tokens
-        self.budget = tokens_of(self.scorer.budget, prompt)
-        self.window = min(self.scorer.window, prompt)
-        self.last_rows = max(1, self.window)
-        self.done = prompt <= max(self.budget, self.window + self.scorer.sinks)
+        self.heeds_context = True
+        context, prompt = self.shape.context_tokens, self.shape.prompt_tokens
+        self.budget = tokens_of(self.scorer.budget, context)
+        self.window = min(tokens_of(self.scorer.window, self.budget), context)
+        self.last_rows = max(1, prompt - context + self.window)
+        self.done = context <= max(self.budget, self.window + self.scorer.sinks)
 
     def rows(self, start: int, wanted: int, most: int) -> int:
-        # What follows the prompt (after a preemption) reads what was kept of it, as it did before.
-        end = self.shape.prompt_tokens
+        # What follows (after a preemption, the answer too) reads what was kept, as it did before.
+        end = self.shape.context_tokens
         return min(wanted, most, end - start) if start < end else min(wanted, most)
 
     def attends(self, start: int, stop: int) -> bool:
-        end = self.shape.prompt_tokens
+        end = self.shape.context_tokens
         return not self.done and self.scorer.reads_queries and start < end and stop > end - self.window
 
     def attend(self, layer: int, q: Tensor, cached: CachedTokens) -> None:
-        first = self.shape.prompt_tokens - self.window - cached.start  # row of the window's first token
+        first = self.shape.context_tokens - self.window - cached.start  # row of the window's first token
         rows = q[max(0, first) :].clone()
         before = self.queries.get(layer)
         self.queries[layer] = rows if before is None else torch.cat((before, rows))
 
     def drop(self, cached: CachedTokens) -> None:
-        prompt = self.shape.prompt_tokens
-        if self.done or cached.computed < prompt:
+        context = self.shape.context_tokens
+        if self.done or cached.computed < context:
             return
-        later = torch.arange(prompt, cached.length)  # where blocks were short when the prompt ended
+        later = torch.arange(context, cached.length)  # where blocks were short when the context ended
         layers, merged = [], []
         counts = [self.budget] * self.shape.num_layers
         if self.layer_budget is not None:
-            counts = self.layer_budget.spread(self.budget, self.window, prompt, self.shape.num_layers)
+            counts = self.layer_budget.spread(self.budget, self.window, context, self.shape.num_layers)
         for layer, count in enumerate(counts):
-            keys, values = cached.keys(layer)[:prompt], cached.values(layer)[:prompt]
+            keys, values = cached.keys(layer)[:context], cached.values(layer)[:context]
             index = self._choose(layer, keys, values, count)
             if self.merger is not None:
                 merged.append(
@@ -79,11 +81,14 @@ class Eviction(KVPolicy):
         self.done = True
         self.queries.clear()
 
+    def shared_tokens(self, prompt_tokens: int) -> int:
+        return min(prompt_tokens, self.shape.context_tokens)
+
     def _choose(self, layer: int, keys: Tensor, values: Tensor, count: int) -> list[Tensor]:
         """What each kv head of a layer keeps, ascending."""
         n, sinks, window = len(keys), self.scorer.sinks, self.window
         queries = self.queries.get(layer, keys.new_empty(0, self.shape.num_heads, self.shape.head_dim))
-        scores = self.scorer.score(keys, values, queries).float()
+        scores = self.scorer.score_layer(layer, keys, values, queries).float()
         if scores.shape != (self.shape.num_kv_heads, n):
             raise ValueError(f"scores are {list(scores.shape)}, expected {[self.shape.num_kv_heads, n]}")
         pinned = torch.cat((torch.arange(sinks), torch.arange(n - window, n))).to(scores.device)

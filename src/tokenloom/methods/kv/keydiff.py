@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenloom.methods.kv.budget import at_least, check_budget
+from tokenloom.methods.kv.budget import at_least, check_budget, check_window
 from tokenloom.methods.kv.parts import Scorer
 from tokenloom.methods.registry import method
 
@@ -25,17 +25,18 @@ class KeyDiff(Scorer):
 
     Attributes:
         budget: tokens kept of the prompt by each kv head, or the part of them.
-        window, sinks: of which so many are the last, and so many the first.
+        window, sinks: of which so many (or such a part) are the last, and so many the first.
     """
 
     budget: int | float = 2048
-    window: int = 32
+    window: int | float = 32
     sinks: int = 4
     reads_queries = False
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
-        at_least(0, window=self.window, sinks=self.sinks)
+        check_window(self.window)
+        at_least(0, sinks=self.sinks)
 
     def score(self, keys: Tensor, values: Tensor, queries: Tensor) -> Tensor:
         directions = F.normalize(keys, dim=-1)

@@ -16,6 +16,7 @@ from tokenloom.methods.kv.budget import at_least
 from tokenloom.methods.kv.calibration import load
 from tokenloom.methods.kv.packing import Packing
 from tokenloom.methods.kv.parts import Packer
+from tokenloom.methods.kv.rotation import turned
 from tokenloom.methods.registry import method
 
 
@@ -98,8 +99,8 @@ class PaluCodec:
 
     def encode(self, layer: int, first: int, keys: Tensor, values: Tensor) -> Tensor:
         positions = torch.arange(first, first + len(keys), device=keys.device)
-        wide, values = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (keys, values))
-        plain = unrotate(wide, self.cos_sin, positions)
+        plain = turned(keys, positions, torch.zeros_like(positions), self.cos_sin)
+        values = values.to(plain.dtype)
         latents = [
             torch.einsum("tgc,gcr->tgr", x.reshape(len(x), u.shape[0], -1), u.to(x)).flatten(1)
             for x, u in ((plain, self.keys[layer]), (values, self.values[layer]))
@@ -112,21 +113,5 @@ class PaluCodec:
             for group, basis in enumerate(bases.to(out)):
                 at = out.view(len(out), len(bases), -1)[:, group]
                 at.copy_(latents[:, i, group] @ basis.t())
-        rotate(keys, self.cos_sin, torch.arange(len(keys), device=keys.device))
-
-
-def rotate(x: Tensor, cos_sin: CosSin, positions: Tensor) -> None:
-    """Turn x `[n, H, D]` by half-split RoPE, in place."""
-    cos, sin = (part[:, None].to(x) for part in cos_sin(positions))
-    first, second = x.chunk(2, -1)
-    turned = second * cos + first * sin
-    first.mul_(cos).sub_(second * sin)
-    second.copy_(turned)
-
-
-def unrotate(x: Tensor, cos_sin: CosSin, positions: Tensor) -> Tensor:
-    """What `rotate` would make x of; where RoPE also scales (YaRN), the scale is taken off too."""
-    cos, sin = (part[:, None].to(x) for part in cos_sin(positions))
-    first, second = x.chunk(2, -1)
-    scale = cos[..., :1].square() + sin[..., :1].square()
-    return torch.cat((first * cos + second * sin, second * cos - first * sin), -1) / scale
+        positions = torch.arange(len(keys), device=keys.device)
+        keys.copy_(turned(keys, torch.zeros_like(positions), positions, self.cos_sin))

@@ -13,7 +13,7 @@ from tokenloom.cache.policy import KVPolicy, SequenceShape
 from tokenloom.engine.engine import Engine
 from tokenloom.errors import RequestError
 from tokenloom.methods.kv.calibration import observe, passages, shape_of, store
-from tokenloom.methods.kv.palu import unrotate
+from tokenloom.methods.kv.rotation import turned
 
 
 class Moments(KVPolicy):
@@ -27,7 +27,8 @@ class Moments(KVPolicy):
     def attend(self, layer: int, q: Tensor, cached: CachedTokens) -> None:
         begin = cached.length - len(q)
         positions = torch.arange(cached.start, cached.start + len(q), device=q.device)
-        keys = unrotate(cached.keys(layer, begin).double(), self.cos_sin, positions)
+        rotated = cached.keys(layer, begin).double()
+        keys = turned(rotated, positions, torch.zeros_like(positions), self.cos_sin)
         for i, x in enumerate((keys, cached.values(layer, begin).double())):
             rows = x.flatten(1)
             self.sums[i, layer] += (rows.t() @ rows).cpu()

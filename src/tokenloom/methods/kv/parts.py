@@ -22,6 +22,10 @@ class Part(ABC):
         """One part that does what both do, where they have the same role; None: they exclude each other."""
         return None
 
+    def excludes(self) -> Mapping[str, str]:
+        """`conflicts`, for those whose knobs decide."""
+        return self.conflicts
+
     def check(self, max_batch_tokens: int, max_running: int, quantized: bool) -> None:
         """Raise ValueError where an engine with these settings cannot run it."""
         return
@@ -38,8 +42,9 @@ class Scorer(Part):
     role = "scorer"
     budget: int | float
     """Tokens kept of the prompt by each kv head, or the part of them."""
-    window: int
-    """The last tokens of the prompt: always kept, and their queries are at hand when scores are computed."""
+    window: int | float
+    """The last tokens of the prompt, or the part of the budget that they are: always kept, and their queries
+    are at hand when scores are computed."""
     sinks: int = 0
     """The first tokens, which are always kept."""
     reads_queries = True
@@ -56,6 +61,10 @@ class Scorer(Part):
         Returns:
             `[Hk, n]`; what it says of the first `sinks` and the last `window` tokens does not count.
         """
+
+    def score_layer(self, layer: int, keys: Tensor, values: Tensor, queries: Tensor) -> Tensor:
+        """`score`, for those to whom it matters which layer this is."""
+        return self.score(keys, values, queries)
 
 
 class LayerBudget(Part):

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenloom.methods.kv.budget import at_least, check_budget
+from tokenloom.methods.kv.budget import at_least, check_budget, check_window
 from tokenloom.methods.kv.parts import Scorer
 from tokenloom.methods.registry import method
 
@@ -19,7 +19,7 @@ def scorer(
     name: str,
     *,
     budget: int | float = 1024,
-    window: int = 32,
+    window: int | float = 32,
     sinks: int = 4,
     reads_queries: bool = True,
     title: str = "",
@@ -49,17 +49,18 @@ def scorer(
 
             Attributes:
                 budget: tokens kept of the prompt by each kv head, or the part of them.
-                window, sinks: of which so many are the last, and so many the first.
+                window, sinks: of which so many (or such a part) are the last, and so many the first.
             """
 
             budget: int | float = defaults[0]
-            window: int = defaults[1]
+            window: int | float = defaults[1]
             sinks: int = defaults[2]
             reads_queries = reads
 
             def __post_init__(self) -> None:
                 check_budget(self.budget)
-                at_least(0, window=self.window, sinks=self.sinks)
+                check_window(self.window)
+                at_least(0, sinks=self.sinks)
 
             def score(self, keys: Tensor, values: Tensor, queries: Tensor) -> Tensor:
                 return score(keys, values, queries)

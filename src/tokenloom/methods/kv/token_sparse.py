@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,9 @@ class TokenSparse(Prefill):
         window: the last rows, which say what matters, and are always kept. The paper's is 128, of prompts far
             longer than `rows`; here it would cost half of dense attention's products to choose.
         pool: width of the average over neighbours, odd; 1: none.
+        observers: last: the window says what matters (the paper's). random: as many rows by lot, to compare.
+        keep: the part of the tokens before the window that every sparse layer keeps, to compare with a part
+            that tau finds (the paper's); 0: by tau.
         min_tokens: kept besides the window at least; shorter prompts are dense.
         delta: the part of the layers, those of least drift (`tokenloom calibrate token_sparse`), that leave
             tokens out.
@@ -50,6 +54,8 @@ class TokenSparse(Prefill):
     tau: float = 0.005
     window: int = 32
     pool: int = 7
+    observers: str = "last"
+    keep: float = 0.0
     min_tokens: int = 1024
     delta: float = 0.5
     layers: tuple[int, ...] = ()
@@ -58,7 +64,8 @@ class TokenSparse(Prefill):
     rows: int = 256
 
     def __post_init__(self) -> None:
-        part(tau=self.tau, delta=self.delta)
+        part(tau=self.tau, delta=self.delta, keep=self.keep)
+        one_of(("last", "random"), observers=self.observers)
         at_least(1, window=self.window, pool=self.pool, min_tokens=self.min_tokens, rows=self.rows)
         if self.pool % 2 == 0:
             raise ValueError(f"pool must be odd, not {self.pool}")
@@ -82,7 +89,7 @@ class TokenSparse(Prefill):
 
     @property
     def changes_prompt(self) -> bool:
-        return self.tau > 0 and (self.delta > 0 or bool(self.layers))
+        return (self.tau > 0 or self.keep > 0) and (self.delta > 0 or bool(self.layers))
 
     def policy(self, shape: SequenceShape) -> KVPolicy:
         return TokenSparsePolicy(self, shape, sparse_layers(self, shape) if self.changes_prompt else ())
@@ -153,14 +160,32 @@ class TokenSparsePolicy(KVPolicy):
         `[L, Hk, D]`. All heads keep as many."""
         length, window = len(keys), min(self.knobs.window, len(q))
         before = length - window
-        seen = window_attention(keys.to(q.dtype), q[-window:].contiguous())[..., :before].mean(2)
+        if self.knobs.observers == "last":
+            seen = window_attention(keys.to(q.dtype), q[-window:].contiguous())
+        else:
+            lot = torch.Generator().manual_seed(length)
+            rows = torch.randperm(len(q), generator=lot)[:window].to(q.device)
+            seen = attention_of(keys.to(q.dtype), q[rows], rows + length - len(q))
+        seen = seen[..., :before].mean(2)
         if self.knobs.pool > 1:
             seen = F.avg_pool1d(seen, self.knobs.pool, stride=1, padding=self.knobs.pool // 2)
         scores = seen.mean(1) if self.knobs.group == "kv" else seen.flatten(0, 1)
-        keep = kept_tokens(seen.flatten(0, 1).mean(0), self.knobs.tau, self.knobs.min_tokens)
+        if self.knobs.keep:
+            keep = min(before, max(self.knobs.min_tokens, round(self.knobs.keep * before)))
+        else:
+            keep = kept_tokens(seen.flatten(0, 1).mean(0), self.knobs.tau, self.knobs.min_tokens)
         chosen = scores.topk(keep, sorted=False).indices.sort().values
         last = torch.arange(before, length, device=q.device).expand(len(chosen), -1)
         return torch.cat((chosen, last), 1)
+
+
+def attention_of(keys: Tensor, queries: Tensor, positions: Tensor) -> Tensor:
+    """Causal attention of some rows: keys `[n, Hk, D]`, queries `[W, Hq, D]` at indices `[W]` of them ->
+    `[Hk, G, W, n]`."""
+    q = queries.unflatten(1, (keys.shape[1], -1)).permute(1, 2, 0, 3)  # [Hk, G, W, D]
+    scores = q @ keys.permute(1, 2, 0)[:, None] / math.sqrt(keys.shape[2])
+    ahead = torch.arange(len(keys), device=keys.device) > positions[:, None]
+    return torch.softmax(scores.masked_fill(ahead, -math.inf), -1)
 
 
 def kept_tokens(scores: Tensor, tau: float, min_tokens: int) -> int:
