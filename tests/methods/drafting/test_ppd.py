@@ -117,9 +117,11 @@ def test_prompt_tokens_change_no_other_rows_logits(files: ModelFiles, name: str)
     assert len(said) == 9
 
 
-def test_prompt_tokens_say_what_they_say_in_training(files: ModelFiles) -> None:
-    """Below each node: positions by depth; read are the prefix, the node's path and the chain so far."""
-    engine = engine_with(files, random_vectors(64), "reference")
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_prompt_tokens_say_what_they_say_in_training(tmp_path: Path, kind: str) -> None:
+    """Below each node: positions by depth; read are the prefix, the node's path and the chain so far, as far
+    as the window reaches."""
+    engine = engine_with(tiny_files(tmp_path, kind), random_vectors(64), "reference")
     vectors, prompt, tree = random_vectors(64).double(), text_of(0, 17), small_tree()
     _, said = drafted(engine, prompt, tree, [3, 3, 3, 3], vectors)
     student = Student(engine, torch.float64)

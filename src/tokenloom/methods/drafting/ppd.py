@@ -114,6 +114,7 @@ def _read(engine: Any) -> Learned:
             f"vectors of shape {tuple(vectors.shape)} do not fit a model of width {engine.config.hidden_size}"
         )
     table = tuple(tuple(float(rate) for rate in row) for row in accuracy.tolist())
+    ppd_trees.gains(table, ppd_trees.SIZES[-1])  # which takes a moment: here nobody's pass waits for it
     return Learned(vectors.to(engine.device, engine.dtype), table)
 
 
