@@ -19,10 +19,13 @@ from tokenloom.engine.draft import GUESSES
 from tokenloom.engine.engine import Engine
 from tokenloom.errors import RequestError
 from tokenloom.finetune.optimizer import rate_factor
+from tokenloom.heap import release_freed_memory
 from tokenloom.methods.drafting.ppd_student import Prefix, Student, read
 from tokenloom.methods.drafting.ppd_text import Sample
 from tokenloom.methods.kv.calibration import shape_of, store
 
+TRIM_EVERY = 10
+"""Steps. Texts differ in length, so the heap is soon full of gaps that nothing fits into."""
 FIRST_WORDS = "Next 2 word"
 """Whose embeddings training begins with (official repository)."""
 
@@ -108,6 +111,8 @@ def train(
             sums += losses.detach()
         optimizer.step()
         optimizer.zero_grad()
+        if step % TRIM_EVERY == 0:
+            release_freed_memory()
         done.losses.append((sums / recipe.texts).tolist())
         progress(step, done.losses[-1])
     done.embeddings = embeddings.detach().float().cpu()
