@@ -84,6 +84,17 @@ class PolicyRows:
 
 
 @dataclass(slots=True)
+class EmbeddingOverride:
+    """Rows whose input is a vector rather than the embedding of their token.
+
+    rows: int64 `[n]`, of the batch. vectors: `[n, hidden_size]`.
+    """
+
+    rows: Tensor
+    vectors: Tensor
+
+
+@dataclass(slots=True)
 class Segment:
     """A run of rows of one sequence.
 
@@ -116,6 +127,7 @@ class Batch:
         bypasses: which rows go through which adapter; rows of the base model alone are in none.
         taps: who reads activations.
         policies: segments that a KV policy attends to.
+        overrides: rows that begin with a vector; what `tokens` says of them is not read.
         shared: what spans that no policy attends to have in common; empty: every row reads its own.
         spans: those of all segments; plain_spans: of those that no policy attends to and whose attention no
             tap reads; tapped_spans: of those whose attention a tap reads.
@@ -129,6 +141,7 @@ class Batch:
     bypasses: list[BypassRows] = field(default_factory=list)
     taps: list[Tap] = field(default_factory=list)
     policies: list[PolicyRows] = field(default_factory=list)
+    overrides: list[EmbeddingOverride] = field(default_factory=list)
     shared: list[SharedPrefix] = field(default_factory=list)
     spans: list[KVSpan] = field(init=False)
     plain_spans: list[KVSpan] = field(init=False)
@@ -160,6 +173,7 @@ class BatchBuilder:
         self.bypasses: list[BypassRows] = []
         self.taps: list[Tap] = []
         self.policies: list[PolicyRows] = []
+        self.overrides: list[EmbeddingOverride] = []
 
     @property
     def num_rows(self) -> int:
@@ -210,6 +224,8 @@ class BatchBuilder:
         kv_start: int,
         block_size: int,
         contiguous: bool,
+        prompts: Sequence[int] = (),
+        vectors: Tensor | None = None,
     ) -> int:
         """Append a `verify` segment: a token and the tree of those that may follow it, all with logits.
 
@@ -217,6 +233,9 @@ class BatchBuilder:
             tokens: the known token at KV index `kv_start`, then the drafted ones, at the indices behind it.
             parents: row that each row follows, smaller than its own; -1 for the first.
             blocks: the sequence's block table, long enough for all of them.
+            prompts: rows of prompt tokens that hang below each token, one below the other, without logits;
+                they come behind all tokens, chain by chain.
+            vectors: `[S, hidden_size]`, what the first, second, ... prompt token of a chain is.
 
         Returns:
             The first row of the segment.
@@ -230,9 +249,11 @@ class BatchBuilder:
             contiguous=contiguous,
             logits="all",
         )
+        if vectors is not None and any(prompts):
+            parents = [*parents, *self._add_prompts(prompts, vectors, blocks, kv_start, block_size)]
         slots, segment = self.slots[start:], self.segments[-1]
         shared, branches, paths = segment.span.blocks, [], [[0]]
-        for row in range(1, len(tokens)):
+        for row in range(1, len(parents)):
             paths.append([*paths[parents[row]], row])
         for row, path in enumerate(paths):
             depth = len(path) - 1
@@ -241,6 +262,30 @@ class BatchBuilder:
             branches.append(KVSpan(start + row, 1, kv_start + depth + 1, shared, contiguous, tail))
         segment.branches = branches
         return start
+
+    def _add_prompts(
+        self, prompts: Sequence[int], vectors: Tensor, blocks: list[int], kv_start: int, block_size: int
+    ) -> list[int]:
+        """Rows of the chains below a draft's tokens, which came last; returns the row that each follows."""
+        parents: list[int] = []
+        steps: list[int] = []
+        for row, count in enumerate(prompts):
+            for i in range(count):
+                parents.append(row if i == 0 else len(prompts) + len(parents) - 1)
+                steps.append(i)
+        first, span = len(self.tokens), self.segments[-1].span
+        begin = kv_start + len(prompts)
+        self.tokens += [0] * len(steps)
+        self.positions += [0] * len(steps)  # the depth of each says its position
+        self.slots += [
+            blocks[i // block_size] * block_size + i % block_size for i in range(begin, begin + len(steps))
+        ]
+        span.length += len(steps)
+        span.kv_len += len(steps)
+        span.blocks = blocks[: -(-span.kv_len // block_size)]
+        rows = torch.arange(first, first + len(steps), device=self.device)
+        self.overrides.append(EmbeddingOverride(rows, vectors[steps]))
+        return parents
 
     def through(self, adapter: Sequence[Mapping[str, Bypass]], start: int, keep: Keep | None = None) -> None:
         """Send the rows from `start` to the last one added through an adapter."""
@@ -264,4 +309,5 @@ class BatchBuilder:
             bypasses=self.bypasses,
             taps=self.taps,
             policies=self.policies,
+            overrides=self.overrides,
         )

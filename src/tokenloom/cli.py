@@ -39,6 +39,7 @@ from tokenloom.cli_options import (
     read_settings,
 )
 from tokenloom.errors import TokenloomError
+from tokenloom.train_cli import train_app
 from tokenloom.version import __version__
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ models_app = typer.Typer(no_args_is_help=True, help="Models that tokenloom knows
 app.add_typer(models_app, name="models")
 app.add_typer(bench_app, name="bench")
 app.add_typer(calibrate_app, name="calibrate")
+app.add_typer(train_app, name="train")
 
 
 def main() -> None:

@@ -11,11 +11,14 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from torch import Tensor
 
 Key = Hashable
+GUESSES = 10
+"""Most likely tokens that a prompt token's row is asked for (PPD's R)."""
 
 
 class Tree:
@@ -23,6 +26,10 @@ class Tree:
 
     Node i holds `tokens[i]` and follows node `parents[i]` < i, or the last token itself (-1). `keys[i]` says
     which nodes are expected to be right as often as this one, such as all of a drafter's depth and rank.
+
+    `prompts[i]` prompt tokens (PPD, arXiv 2405.18628) hang below the last token (0) or node i - 1, one below
+    the other: rows whose input is `vectors` `[S, hidden_size]`, from the first on. They are never text; what
+    the model says there are guesses for the next pass.
     """
 
     def __init__(self) -> None:
@@ -30,11 +37,18 @@ class Tree:
         self.parents: list[int] = []
         self.depths: list[int] = []
         self.keys: list[Key] = []
+        self.prompts: list[int] = [0]
+        self.vectors: Tensor | None = None
         self._nodes: dict[tuple[int, int], int] = {}
         self.children: dict[int, list[int]] = {}
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that it takes besides the last token's own."""
+        return len(self.tokens) + sum(self.prompts)
 
     def add(self, token: int, parent: int, key: Key) -> int:
         """The child of `parent` that holds `token`, which becomes a new node if there is none."""
@@ -46,6 +60,7 @@ class Tree:
         self.parents.append(parent)
         self.depths.append(1 if parent < 0 else self.depths[parent] + 1)
         self.keys.append(key)
+        self.prompts.append(0)
         self.children.setdefault(parent, []).append(node)
         return node
 
@@ -55,8 +70,21 @@ class Tree:
     def keep(self, nodes: Sequence[int]) -> Tree:
         """The tree of these nodes alone, in this order; every parent comes before its children."""
         kept, where = Tree(), {-1: -1}
+        kept.prompts[0], kept.vectors = self.prompts[0], self.vectors
         for node in nodes:
             where[node] = kept.add(self.tokens[node], where[self.parents[node]], self.keys[node])
+            kept.prompts[1 + where[node]] = self.prompts[1 + node]
+        return kept
+
+    def within(self, rows: int) -> Tree:
+        """As much of it as so many rows hold: nodes first, then prompt tokens."""
+        if self.num_rows <= rows:
+            return self
+        kept = self.keep(range(min(rows, len(self))))
+        left = rows - len(kept)
+        for i, count in enumerate(kept.prompts):
+            kept.prompts[i] = min(count, left)
+            left -= kept.prompts[i]
         return kept
 
 
@@ -68,12 +96,14 @@ class Verified:
         tokens: `[R]`, of the rows. depths: `[R]`, how far each is from the known one.
         accepted: the rows that became text, the first among them.
         top: int64 `[R, k]`, each row's k most likely next tokens, k being what some drafter `wants` at least.
+        guesses: int64 `[m, GUESSES]`, most likely at each of the m prompt tokens below the last accepted row.
     """
 
     tokens: list[int]
     depths: list[int]
     accepted: list[int]
     top: np.ndarray
+    guesses: np.ndarray = field(default_factory=lambda: np.empty((0, GUESSES), np.int64))
 
 
 class Drafter(Protocol):
@@ -95,6 +125,18 @@ class Drafter(Protocol):
 
     def close(self) -> None:
         """The sequence is over."""
+
+
+@runtime_checkable
+class Planned(Protocol):
+    """A drafter whose rows bring tokens only together: its trees are made for their size, and some of their
+    rows pay in the next pass."""
+
+    def gains(self, most: int) -> list[float]:
+        """Tokens that the first, second, ... row brings in the long run, at most `most`; never rising."""
+
+    def grow(self, tree: Tree, tokens: list[int], rows: int) -> None:
+        """Add at most so many rows to a tree of guesses of what follows `tokens`."""
 
 
 @dataclass(slots=True)
@@ -137,6 +179,8 @@ class Draft:
     """A tree in the batch, and the walk down it."""
 
     tree: Tree
+    first_batch_row: int = 0
+    """Of the batch: the row of the known token."""
     first_row: int = 0
     """Of the batch's logits: the row of the known token; those of the nodes follow."""
     path: list[int] = field(default_factory=list)
@@ -147,6 +191,13 @@ class Draft:
     def row(self) -> int:
         """Where the walk has come to, as a row of logits."""
         return self.first_row + 1 + self.path[-1] if self.path else self.first_row
+
+    @property
+    def prompt_rows(self) -> range:
+        """Of the batch: the prompt tokens below where the walk has come to."""
+        at = 1 + self.path[-1] if self.path else 0
+        first = self.first_batch_row + 1 + len(self.tree) + sum(self.tree.prompts[:at])
+        return range(first, first + self.tree.prompts[at])
 
     def follow(self, token: int) -> bool:
         """Go on to the child that holds the drawn token; False where there is none."""

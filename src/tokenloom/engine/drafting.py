@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokenloom.cache.block_pool import OutOfBlocks
 from tokenloom.config import home
-from tokenloom.engine.draft import Draft, Drafter, DraftPlace, Tree, Verified
+from tokenloom.engine.draft import GUESSES, Draft, Drafter, DraftPlace, Planned, Tree, Verified
 from tokenloom.engine.draft_size import (
     ENGINE_TRIALS,
     GAIN,
@@ -45,6 +45,8 @@ class Guessing:
     acceptance: Acceptance
     cost_ms: float = 0.0
     """What a proposal takes, lately."""
+    heard_ms: float = 0.0
+    """What it takes, lately, to read its prompt tokens after a pass."""
     most: int = 16
     """Nodes to ask for: more than were worth it last time."""
     idle: int = 0
@@ -57,6 +59,8 @@ class _Asked:
     guessing: Guessing
     tree: Tree
     rates: list[float] = field(default_factory=list)
+    """Of the planned rows, then of the tree's nodes."""
+    num_planned: int = 0
 
 
 class Drafting:
@@ -91,7 +95,7 @@ class Drafting:
         for part in asked:
             tree = self._with_blocks(part.sequence, part.tree)
             plan.drafts[part.sequence] = Draft(tree)
-            plan.num_rows += len(tree)
+            plan.num_rows += tree.num_rows
         self._features = features_of(plan)
 
     def _guessing(self, sequence: Sequence) -> Guessing:
@@ -112,7 +116,7 @@ class Drafting:
         return sequence.guessing
 
     def _propose(self, sequence: Sequence, guessing: Guessing) -> Tree:
-        depth = self.engine.max_output(sequence.request) - sequence.num_output - 1
+        depth = self._depth(sequence)
         room = min(self.engine.settings.drafting.max_nodes, MOST_NODES)
         if guessing.drafter.fixed:
             most = room
@@ -130,24 +134,27 @@ class Drafting:
         tree = guessing.drafter.propose(sequence.tokens, most)
         took_ms = (time.perf_counter() - start) * 1e3
         guessing.cost_ms += 0.2 * (took_ms - guessing.cost_ms)
-        if len(tree) <= most and max(tree.depths, default=0) <= depth:
+        if tree.num_rows <= most and max(tree.depths, default=0) <= depth:
             return tree
-        return tree.keep([i for i, d in enumerate(tree.depths) if d <= depth][:most])
+        return tree.keep([i for i, d in enumerate(tree.depths) if d <= depth]).within(most)
 
     def _choose(self, plan: Plan, asked: list[_Asked]) -> None:
         """Cut each tree to what is verified in this pass."""
         room = self.engine.settings.scheduler.max_batch_tokens - plan.num_rows
         for part in asked:
             if part.guessing.drafter.fixed:
-                part.tree = part.tree.keep(range(min(room, len(part.tree))))
-                room -= len(part.tree)
-        free = [part for part in asked if len(part.tree) and not part.guessing.drafter.fixed]
+                part.tree = part.tree.within(room)
+                room -= part.tree.num_rows
+        for part in asked:
+            if not part.guessing.drafter.fixed:
+                gains = self._gains(part)
+                part.rates = [*gains, *path_rates(part.tree, part.guessing.acceptance)]
+                part.num_planned = len(gains)
+        free = [part for part in asked if part.rates]
         if not free:
             return
-        fixed = sum(len(part.tree) for part in asked if part.guessing.drafter.fixed)
-        cost_ms = sum(part.guessing.cost_ms for part in free)
-        for part in free:
-            part.rates = path_rates(part.tree, part.guessing.acceptance)
+        fixed = sum(part.tree.num_rows for part in asked if part.guessing.drafter.fixed)
+        cost_ms = sum(part.guessing.cost_ms + part.guessing.heard_ms for part in free)
         base = features_of(plan)
         context = max(len(part.sequence.tokens) for part in free)
         latency = self._model()
@@ -166,10 +173,19 @@ class Drafting:
         for part, nodes in zip(free, chosen, strict=True):
             self._adapt(part, nodes, hopeless)
 
-    def _adapt(self, part: _Asked, nodes: list[int], hopeless: bool) -> None:
+    def _gains(self, part: _Asked) -> list[float]:
+        """What planned rows bring, where there is still something to guess."""
+        drafter, room = part.guessing.drafter, min(self.engine.settings.drafting.max_nodes, MOST_NODES)
+        if isinstance(drafter, Planned) and self._depth(part.sequence) > 0:
+            return drafter.gains(room)
+        return []
+
+    def _adapt(self, part: _Asked, chosen: list[int], hopeless: bool) -> None:
         guessing = part.guessing
+        rows = sum(i < part.num_planned for i in chosen)
+        nodes = [i - part.num_planned for i in chosen if i >= part.num_planned]
         probing = guessing.idle >= guessing.wait and not hopeless
-        if nodes:
+        if chosen:
             guessing.idle, guessing.wait = 0, PROBE_AFTER
             guessing.most = min(2 * len(nodes) + 8, MOST_NODES)
         elif probing:
@@ -179,14 +195,27 @@ class Drafting:
             guessing.idle += 1
         if nodes != list(range(len(part.tree))):
             part.tree = part.tree.keep(nodes)
+        if rows and isinstance(guessing.drafter, Planned):
+            guessing.drafter.grow(part.tree, part.sequence.tokens, rows)
+            depth = self._depth(part.sequence)
+            if max(part.tree.depths, default=0) > depth:
+                part.tree = part.tree.keep([i for i, d in enumerate(part.tree.depths) if d <= depth])
+
+    def _depth(self, sequence: Sequence) -> int:
+        """How many tokens beyond the next one the answer may still have."""
+        return self.engine.max_output(sequence.request) - sequence.num_output - 1
 
     def _with_blocks(self, sequence: Sequence, tree: Tree) -> Tree:
         """As much of the tree as there is memory for: guesses never take a block from anybody's tokens."""
+        # Prompt tokens stand beyond what they guess, and the model may have no position there.
+        last = self.engine.config.max_position - 1 - sequence.num_computed
+        depths = (0, *tree.depths)
+        tree.prompts = [max(0, min(n, last - d)) for n, d in zip(tree.prompts, depths, strict=True)]
         table, first = sequence.table, sequence.kv_start + 1
         try:
-            table.grow(first + len(tree))
+            table.grow(first + tree.num_rows)
         except OutOfBlocks:
-            return tree.keep(range(len(table.blocks) * table.pool.block_size - first))
+            return tree.within(len(table.blocks) * table.pool.block_size - first)
         return tree
 
     # -- after it ---------------------------------------------------------------------------------------
@@ -204,12 +233,13 @@ class Drafting:
         if self.engine.scheduler.prefix_caching:
             sequence.publish_blocks(target)
 
-    def settle(self, plan: Plan, logits: Tensor, measured_ms: float | None) -> None:
+    def settle(self, plan: Plan, logits: Tensor, hidden: Tensor, measured_ms: float | None) -> None:
         """Free what was not accepted, count, and let drafters learn.
 
+        hidden: of all rows of the batch, normalised.
         measured_ms: what the pass took; None where others had a part in it.
         """
-        tops = self._tops(plan, logits)
+        tops, guesses = self._tops(plan, logits), self._guesses(plan, hidden)
         for sequence, draft in plan.drafts.items():
             guessing = sequence.guessing
             assert guessing is not None
@@ -223,7 +253,10 @@ class Drafting:
             known = sequence.tokens[-2 - len(draft.path)]
             accepted = [0, *(1 + node for node in draft.path)]
             tokens, depths = [known, *draft.tree.tokens], [0, *draft.tree.depths]
-            guessing.drafter.learn(Verified(tokens, depths, accepted, tops.get(sequence, _NOTHING)))
+            verified = Verified(tokens, depths, accepted, tops.get(sequence, _NOTHING))
+            if sequence in guesses:
+                verified.guesses = guesses[sequence]
+            guessing.drafter.learn(verified)
         if self._latency is not None and measured_ms is not None:  # the co-server's own learns elsewhere
             self._latency.observe(self._features, measured_ms)
 
@@ -238,6 +271,25 @@ class Drafting:
         top = self.engine.decoder.kernels.top(heard, max(asking.values()))[1].cpu().numpy()
         ends = np.cumsum([1 + len(draft.tree) for draft in drafts])
         return dict(zip(asking, np.split(top, ends[:-1]), strict=True))
+
+    def _guesses(self, plan: Plan, hidden: Tensor) -> dict[Sequence, np.ndarray]:
+        """What prompt tokens say, of those alone below the last token that became text."""
+        asked = {
+            sequence: draft.prompt_rows
+            for sequence, draft in plan.drafts.items()
+            if draft.prompt_rows and sequence.finish_reason is None
+        }
+        if not asked:
+            return {}
+        start, decoder = time.perf_counter(), self.engine.decoder
+        logits = decoder.logits(hidden[[row for rows in asked.values() for row in rows]])
+        top = decoder.kernels.top(logits, GUESSES)[1].cpu().numpy()
+        took_ms = (time.perf_counter() - start) * 1e3 / len(asked)
+        for sequence in asked:
+            if sequence.guessing is not None:
+                sequence.guessing.heard_ms += 0.2 * (took_ms - sequence.guessing.heard_ms)
+        ends = np.cumsum([len(rows) for rows in asked.values()])
+        return dict(zip(asked, np.split(top, ends[:-1]), strict=True))
 
     def close(self, sequence: Sequence) -> None:
         """The sequence is over. May be said twice."""
@@ -272,5 +324,5 @@ def features_of(plan: Plan) -> Features:
         features.head_rows += start + rows == len(sequence.tokens)
     for sequence, draft in plan.drafts.items():
         features.head_rows += len(draft.tree)
-        features.context += len(draft.tree) * len(sequence.tokens)
+        features.context += draft.tree.num_rows * len(sequence.tokens)
     return features

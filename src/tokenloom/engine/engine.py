@@ -196,7 +196,7 @@ class Engine:
         self.coserver.after(train_rows, took_ms)
         with self.timer("publish"):
             if plan.drafts:
-                self.drafting.settle(plan, logits, None if train_rows else took_ms)
+                self.drafting.settle(plan, logits, hidden, None if train_rows else took_ms)
             return self._publish(ready, gains)
 
     def _build(self, plan: Plan, train_rows: int) -> Batch:
@@ -208,14 +208,16 @@ class Engine:
             start, policy, cached = sequence.num_computed, sequence.policy, sequence.cached
             samples = start + rows == len(sequence.tokens) and _generates(sequence)
             draft = plan.drafts.get(sequence)
-            if draft is not None and len(draft.tree):
-                first = builder.add_draft(
+            if draft is not None and draft.tree.num_rows:
+                first = draft.first_batch_row = builder.add_draft(
                     [sequence.tokens[start], *draft.tree.tokens],
                     [-1, *(node + 1 for node in draft.tree.parents)],
                     sequence.table.blocks,
                     kv_start=start,
                     block_size=self.pool.block_size,
                     contiguous=sequence.table.contiguous,
+                    prompts=draft.tree.prompts,
+                    vectors=draft.tree.vectors,
                 )
             else:
                 first = builder.add(

@@ -50,14 +50,17 @@ class Decoder:
             The last hidden states, normalised, `[T, hidden_size]`.
         """
         cos, sin = self.rope.cos_sin(batch.positions)
-        x = self._embed(batch.tokens)
+        x = self.embed(batch.tokens)
+        for part in batch.overrides:
+            x[part.rows] = part.vectors.to(x.dtype)
         attend = partial(self._attend, batch, kv) if batch.policies else None
         if self.fused is None or not self.fused(batch, kv, x, cos, sin, attend):
             x = self._layers(batch, kv, x, cos, sin)
         self._tap(batch, len(self.layers), "input", x)
         return self.kernels.rms_norm(x, self.norm, self.config.rms_norm_eps)
 
-    def _embed(self, tokens: Tensor) -> Tensor:
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Rows of the embedding: int64 `[n]` -> `[n, hidden_size]`, a copy."""
         if isinstance(self.embedding, PackedWeight):
             return self.embedding.rows(tokens.cpu()).to(self.device, self.dtype)
         return self.embedding[tokens]

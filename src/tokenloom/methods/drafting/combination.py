@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from tokenloom.engine.draft import Drafter, DraftPlace, Tree, Verified
+from tokenloom.engine.draft import Drafter, DraftPlace, Planned, Tree, Verified
 from tokenloom.errors import RequestError
 from tokenloom.methods.registry import Entry, parse, spec_of
 
@@ -52,19 +52,31 @@ class Together:
     def __init__(self, drafters: list[Drafter]) -> None:
         self.drafters = drafters
         self.fixed = any(drafter.fixed for drafter in drafters)
+        self._planned = next((drafter for drafter in drafters if isinstance(drafter, Planned)), None)
         self.wants = max(drafter.wants for drafter in drafters)
 
     def propose(self, tokens: list[int], most: int) -> Tree:
         tree = self.drafters[0].propose(tokens, most)
         for drafter in self.drafters[1:]:
-            if len(tree) >= most:
+            if tree.num_rows >= most:
                 break
-            more, where = drafter.propose(tokens, most - len(tree)), {-1: -1}
+            more, where = drafter.propose(tokens, most - tree.num_rows), {-1: -1}
             for node, (token, parent, key) in enumerate(
                 zip(more.tokens, more.parents, more.keys, strict=True)
             ):
                 where[node] = tree.add(token, where[parent], key)
+            if more.vectors is not None:
+                tree.vectors = more.vectors
+                for node, count in enumerate(more.prompts, -1):
+                    tree.prompts[1 + where[node]] = count
         return tree
+
+    def gains(self, most: int) -> list[float]:
+        return self._planned.gains(most) if self._planned is not None else []
+
+    def grow(self, tree: Tree, tokens: list[int], rows: int) -> None:
+        if self._planned is not None:
+            self._planned.grow(tree, tokens, rows)
 
     def learn(self, verified: Verified) -> None:
         for drafter in self.drafters:

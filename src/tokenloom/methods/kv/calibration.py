@@ -123,17 +123,22 @@ def store(method: str, shape: SequenceShape, measured: dict[str, Tensor], about:
     return folder / _FILE
 
 
-def load(method: str, shape: SequenceShape) -> dict[str, Tensor]:
+def load(
+    method: str, shape: SequenceShape, hook: str = "kv", made_by: str = "calibrate"
+) -> dict[str, Tensor]:
     """What was measured of this model for a method. It is read once: a server goes on with what it has read.
 
+    Args:
+        hook: the method's; made_by: the command that measures.
+
     Raises:
-        RequestError: (param "kv") nothing was; the message says how to do it.
+        RequestError: (param: the hook) nothing was; the message says how to do it.
     """
-    return _read(method, key_of(shape), home())
+    return _read(method, key_of(shape), home(), hook, made_by)
 
 
 @cache
-def _read(method: str, key: str, state: Path) -> dict[str, Tensor]:
+def _read(method: str, key: str, state: Path, hook: str, made_by: str) -> dict[str, Tensor]:
     name, _, numbers = key.partition("@")
     files = [state / "calibration" / key / method / _FILE]
     # A file of the same weights may have more to its name: smollm2-135m-instruct.q4_1.
@@ -148,9 +153,11 @@ def _read(method: str, key: str, state: Path) -> dict[str, Tensor]:
                 with safe_open(file, "pt") as tensors:
                     return {k: tensors.get_tensor(k) for k in tensors.keys()}  # noqa: SIM118
             except (OSError, SafetensorError) as error:
-                raise RequestError(f"kv: {method}: {file} cannot be read ({error})", param="kv") from error
+                raise RequestError(
+                    f"{hook}: {method}: {file} cannot be read ({error})", param=hook
+                ) from error
     raise RequestError(
-        f"kv: {method} must be calibrated once for this model ({name}): "
-        f"run tokenloom calibrate {method} --model ... with the same model",
-        param="kv",
+        f"{hook}: {method} must be measured or trained once for this model ({name}): "
+        f"run tokenloom {made_by} {method} --model ... with the same model",
+        param=hook,
     )
