@@ -95,7 +95,8 @@ class Verified:
     Attributes:
         tokens: `[R]`, of the rows. depths: `[R]`, how far each is from the known one.
         accepted: the rows that became text, the first among them.
-        top: int64 `[R, k]`, each row's k most likely next tokens, k being what some drafter `wants` at least.
+        top: int64 `[R, k]`, each row's k most likely next tokens, k being what some drafter `wants` at least;
+            empty where nobody listened: only now and then while guesses are not worth it.
         guesses: int64 `[m, GUESSES]`, most likely at each of the m prompt tokens below the last accepted row.
     """
 

@@ -37,6 +37,10 @@ CHEAP = 0.02
 """A proposal that takes a larger part of a pass than this is not made where the last one was not worth it."""
 
 
+LISTEN_EVERY = 4
+"""A sequence whose guesses are not worth it hears the most likely tokens of so many passes once."""
+
+
 @dataclass(slots=True)
 class Guessing:
     """What the engine keeps of a sequence that drafts."""
@@ -262,7 +266,14 @@ class Drafting:
 
     def _tops(self, plan: Plan, logits: Tensor) -> dict[Sequence, np.ndarray]:
         """The most likely tokens of the rows of drafts, for drafters that want to know."""
-        asking = {s: s.guessing.drafter.wants for s in plan.drafts if s.guessing and s.guessing.drafter.wants}
+        asking = {
+            sequence: guessing.drafter.wants
+            for sequence, draft in plan.drafts.items()
+            if (guessing := sequence.guessing) is not None
+            and guessing.drafter.wants
+            # To listen costs as much as a few guesses do; a drafter that rests loses little by it.
+            and (len(draft.tree) or guessing.idle % LISTEN_EVERY == 0)
+        }
         if not asking:
             return {}
         drafts = [plan.drafts[sequence] for sequence in asking]

@@ -19,7 +19,7 @@ from draft_rig import (
     tiny_files,
 )
 from tokenloom.engine.draft import DraftPlace, Tree
-from tokenloom.engine.drafting import MOST_WAIT, PROBE_AFTER, features_of
+from tokenloom.engine.drafting import LISTEN_EVERY, MOST_WAIT, PROBE_AFTER, features_of
 from tokenloom.engine.latency_model import Features, LatencyModel
 from tokenloom.engine.pass_times import pass_times
 from tokenloom.engine.scheduler import Plan
@@ -152,6 +152,15 @@ def test_wrong_guesses_are_given_up_and_tried_again_ever_more_rarely(files: Mode
     assert 0 < len(late) <= 4
     gaps = [b - a for a, b in itertools.pairwise(late)]
     assert gaps == sorted(gaps) and all(PROBE_AFTER <= gap <= MOST_WAIT for gap in gaps)
+
+
+def test_a_drafter_that_rests_hears_one_pass_in_four(files: ModelFiles) -> None:
+    engine, method = build_engine(files), Scripted(lambda tokens: random_tree(0, 4, []), fixed=False, wants=2)
+    engine.drafting._latency = flat_machine(1000.0)
+    run(engine, request(text_of(1, 10), method, max_tokens=60, logprobs=None))
+    resting = [len(verified.top) for verified in method.heard if len(verified.tokens) == 1][8:]
+    assert len(resting) > 40 and set(resting) == {0, 1}
+    assert abs(resting.count(1) / len(resting) - 1 / LISTEN_EVERY) < 0.05
 
 
 def test_nothing_is_tried_where_even_right_guesses_would_lose(files: ModelFiles) -> None:

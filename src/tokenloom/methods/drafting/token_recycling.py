@@ -130,6 +130,8 @@ class Recycler:
         return tree
 
     def learn(self, verified: Verified) -> None:
+        if not len(verified.top):
+            return
         rows = sorted(range(len(verified.tokens)), key=verified.depths.__getitem__)
         if self.knobs.conflict == "accepted_wins":
             accepted = set(verified.accepted)
