@@ -107,7 +107,7 @@ def _read(engine: Any) -> Learned:
     try:
         stored = load("ppd", shape, hook="draft", made_by="train")
     except RequestError as error:
-        raise ValueError(str(error).removeprefix("draft: ppd: ")) from error
+        raise ValueError(str(error).removeprefix("draft: ppd ")) from error
     vectors, accuracy = stored["embeddings"], stored["accuracy"]
     if vectors.ndim != 2 or vectors.shape[1] != engine.config.hidden_size or len(vectors) != len(accuracy):
         raise ValueError(
