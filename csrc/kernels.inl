@@ -71,9 +71,9 @@ void sum_words(Work& work, const uint64_t* data, size_t count, uint64_t* out) {
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    TOKENLOOM_ISA_NAME, quantize,          linear,      unpack,    unpack_group, rms_norm,           silu_mul,
-    rms_norm_backward,  silu_mul_backward, rope_append, attention, key_scores,   choose_pages,       few_products,       attention_backward,
-    top,                largest,           sum_words,
+    TOKENLOOM_ISA_NAME, quantize,          linear,      unpack,    unpack_group, rms_norm,     silu_mul,
+    rms_norm_backward,  silu_mul_backward, rope_append, attention, key_scores,   choose_pages, few_products,
+    attention_backward, top,               largest,     sum_words,
 };
 
 }  // namespace TOKENLOOM_ISA

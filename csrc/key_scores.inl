@@ -56,7 +56,8 @@ void key_scores(Work& work, const float* q, const KeyRows& keys, int heads, int 
                         continue;
                     }
                     const auto* narrow = static_cast<const int8_t*>(keys.data) + cell * width;
-                    for (int d = 0; d < width; ++d) wide[i * width + d] = keys.scales[cell] * static_cast<float>(narrow[d]);
+                    const float scale = keys.scales[cell];
+                    for (int d = 0; d < width; ++d) wide[i * width + d] = scale * static_cast<float>(narrow[d]);
                     rows[i] = wide + i * width;
                 }
                 score_eight(rows, q + static_cast<ptrdiff_t>(head) * group * width, group, width,

@@ -345,7 +345,8 @@ class Layers {
     }
 
     Tap tap_of(const KV& kv, int rows, int place, int first, const Units& units) const {
-        const int widths[] = {shape_.width, shape_.q_width(), shape_.width, 2 * shape_.ff, shape_.q_width(), shape_.heads};
+        const int width = shape_.width, attended = shape_.q_width();
+        const int widths[] = {width, attended, width, 2 * shape_.ff, attended, shape_.heads};
         const int unit = shape_.kv_heads * shape_.head_dim;
         if (!kv.one_piece) bad("taps: a float32 cache, keys and values in one piece, expected");
         if (place < 0 || place >= static_cast<int>(Place::PLACES)) bad("taps: place: not one of 0 to 5");

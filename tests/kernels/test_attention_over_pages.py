@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attention_cases import BLOCK, ISAS, cache, in_float64
-from tokenloom.kernels import get_kernels, native
+from tokenloom.kernels import Pages, get_kernels, native
 from tokenloom.kernels.cpu import HEAD_DIMS, native_cache
 from tokenloom.kernels.pages import attend_to_pages, page_index
 
@@ -37,7 +37,7 @@ def cases(draw: st.DrawFn) -> tuple[Any, ...]:
     count = draw(st.integers(1, total))
     keys = kv.read_cells(kv.cells(0, slots), torch.float32)[0].transpose(0, 1)
     q = torch.randn(1, kv_heads * group, head_dim)
-    return q, kv, 0, slots, bounds_of(keys, page), page, count, draw(st.booleans())
+    return q, kv, 0, Pages(slots, bounds_of(keys, page), page, count, draw(st.booleans()))
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -53,10 +53,9 @@ def test_it_is_what_the_operators_give(usual_machine: None, isa: str, case: tupl
 @given(case=cases())
 @settings(max_examples=40, deadline=None)
 def test_backends_agree(case: tuple[Any, ...]) -> None:
-    q, kv, layer, slots, bounds, *rest = case
-    index = page_index(get_kernels("cpu"), q, len(slots), bounds, *rest)
-    wide = in_float64(kv)
-    expected = get_kernels("reference").attention_at(q.double(), wide, wide.cells(layer, slots.take(index)))
+    q, kv, layer, pages = case
+    cells = in_float64(kv).cells(layer, pages.slots.take(page_index(get_kernels("cpu"), q, pages)))
+    expected = get_kernels("reference").attention_at(q.double(), in_float64(kv), cells)
     actual = get_kernels("cpu").attention_over_pages(*case).double()
     torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-6)
 
@@ -69,7 +68,10 @@ def test_all_pages_are_all_tokens() -> None:
         kernels = get_kernels(name)
         whole = kernels.attention_at(q, kv, kv.cells(0, slots))
         torch.testing.assert_close(
-            kernels.attention_over_pages(q, kv, 0, slots, bounds, 4, 13, True), whole, rtol=1e-5, atol=1e-6
+            kernels.attention_over_pages(q, kv, 0, Pages(slots, bounds, 4, 13, True)),
+            whole,
+            rtol=1e-5,
+            atol=1e-6,
         )
 
 

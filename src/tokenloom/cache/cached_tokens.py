@@ -15,7 +15,7 @@ from tokenloom.cache.kv_cache import KVCache
 from tokenloom.cache.packed_tokens import Codec, PackedTokens
 
 if TYPE_CHECKING:
-    from tokenloom.kernels import Kernels
+    from tokenloom.kernels import Kernels, Pages
 
 CosSin = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Positions, int64 `[T]`, to the cosines and sines that turn keys there (RoPE), two float32 `[T, D / 2]`."""
@@ -135,14 +135,10 @@ class CachedTokens:
         self.tokens_read += sum(map(len, cells))
         return self.kernels.attention_at(q, self.kv, cells)
 
-    def attend_pages(
-        self, layer: int, q: Tensor, bounds: Tensor, page: int, count: int, by_group: bool
-    ) -> Tensor:
-        """Attention of one row over the pages that promise most; see `Kernels.attention_over_pages`."""
-        slots = self.slots()
-        read = count * page - (-self.length % page)
-        self.tokens_read += read * (self.num_kv_heads if by_group else q.shape[1])
-        return self.kernels.attention_over_pages(q, self.kv, layer, slots, bounds, page, count, by_group)
+    def attend_pages(self, layer: int, q: Tensor, pages: Pages) -> Tensor:
+        """Attention of one row over the pages of `slots()` that promise most."""
+        self.tokens_read += pages.tokens_read * (self.num_kv_heads if pages.by_group else q.shape[1])
+        return self.kernels.attention_over_pages(q, self.kv, layer, pages)
 
     def _attend_packed(self, packed: PackedTokens, layer: int, q: Tensor) -> Tensor:
         """Attention of rows q over packed tokens and those of the table, side by side in scratch memory."""

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from tokenloom.batch import Batch, BatchBuilder, SegmentKind
 from tokenloom.cache.block_pool import BlockPool, OutOfBlocks
-from tokenloom.cache.kv_cache import KVCache, bytes_per_token, default_pool_bytes
 from tokenloom.cache.policy import KVPolicy
 from tokenloom.cache.tier import open_tier
 from tokenloom.config import Settings
@@ -19,22 +18,21 @@ from tokenloom.engine.adapters import AdapterRegistry
 from tokenloom.engine.coserve import Coserver
 from tokenloom.engine.drafting import Drafting
 from tokenloom.engine.outputs import Delta, FinishReason, StepOutput, TokenLogprob
+from tokenloom.engine.prompt_rows import read_prompt_rows
 from tokenloom.engine.request import Request, Sequence
-from tokenloom.engine.sampler import sample, token_logprobs
+from tokenloom.engine.sampler import sample
 from tokenloom.engine.scheduler import Plan, Scheduler
+from tokenloom.engine.setup import allocate_kv, choose_device, choose_dtype, choose_quantize
 from tokenloom.engine.stats import EngineStats, RequestTiming
 from tokenloom.engine.validation import validate
-from tokenloom.errors import ModelError, RequestError
+from tokenloom.errors import RequestError
 from tokenloom.heap import keep_freed_memory, release_freed_memory
-from tokenloom.kernels import Kernels, get_kernels
+from tokenloom.kernels import get_kernels
 from tokenloom.kernels.shared_prefix import shared_prefixes
 from tokenloom.models.decoder import Decoder
 from tokenloom.models.loader import ModelFiles, open_model
-from tokenloom.models.weight_loader import Quantize, WeightLoader
+from tokenloom.models.weight_loader import WeightLoader
 from tokenloom.text.detokenizer import Detokenizer
-
-# Prompt log-probabilities need the logits of every prompt row; this many rows of them exist at a time.
-_PROMPT_LOGITS_ROWS = 128
 
 
 class PhaseTimer(Protocol):
@@ -65,12 +63,12 @@ class Engine:
         self.name = files.name
         self.config = files.config
         self.tokenizer = files.tokenizer
-        self.device = _device(settings.model.device)
-        self.dtype = _dtype(settings.model.dtype, files.config.dtype, self.device)
+        self.device = choose_device(settings.model.device)
+        self.dtype = choose_dtype(settings.model.dtype, files.config.dtype, self.device)
         if settings.model.threads:
             torch.set_num_threads(settings.model.threads)
         kernels = get_kernels(settings.model.backend, self.device)
-        quantize = _quantize(settings.model.quantize, kernels, self.dtype)
+        quantize = choose_quantize(settings.model.quantize, kernels, self.dtype)
         load = WeightLoader(files.weights, self.dtype, self.device, quantize)
         self.decoder = Decoder(files.config, load, kernels)
         release_freed_memory()
@@ -78,7 +76,7 @@ class Engine:
         self.max_model_len = min(
             files.config.max_position, settings.model.max_model_len or files.config.max_position
         )
-        self.kv = self._allocate_kv()
+        self.kv = allocate_kv(self.config, settings.cache, self.dtype, self.device, self.max_model_len)
         self.pool = BlockPool(self.kv.num_blocks, self.kv.block_size)
         self.pool.tier = open_tier(settings.cache, self.kv)
         self.scheduler = Scheduler(
@@ -94,28 +92,6 @@ class Engine:
         self.counters = EngineStats()
         self.timer: PhaseTimer = _untimed
         self.drafting = Drafting(self)
-
-    def _allocate_kv(self) -> KVCache:
-        config, cache = self.config, self.settings.cache
-        dtype = torch.int8 if cache.dtype == "int8" else self.dtype
-        token_bytes = bytes_per_token(config.num_layers, config.num_kv_heads, config.head_dim, dtype)
-        wanted = token_bytes * max(32768, 4 * self.max_model_len)
-        pool_bytes = cache.kv_bytes or default_pool_bytes(self.device, wanted)
-        num_blocks = pool_bytes // (token_bytes * cache.block_size)
-        if num_blocks < 1:
-            raise ModelError(
-                f"cache.kv_bytes: {pool_bytes} bytes hold no block of {cache.block_size} tokens "
-                f"({token_bytes * cache.block_size} bytes)"
-            )
-        return KVCache(
-            config.num_layers,
-            config.num_kv_heads,
-            config.head_dim,
-            num_blocks=num_blocks,
-            block_size=cache.block_size,
-            dtype=dtype,
-            device=self.device,
-        )
 
     # -- requests ---------------------------------------------------------------------------------------
 
@@ -259,7 +235,7 @@ class Engine:
             request = sequence.request
             if before < len(request.prompt) and request.reads_prompt_rows:
                 start = segment.span.start
-                self._read_prompt_rows(request, hidden[start : start + rows], before)
+                read_prompt_rows(self.decoder, request, hidden[start : start + rows], before)
             if sequence.num_pending == 0:
                 ready.append(sequence)
         return ready
@@ -275,24 +251,6 @@ class Engine:
             except OutOfBlocks:
                 if not self.scheduler.reclaim():
                     return  # the next iteration asks again
-
-    def _read_prompt_rows(self, request: Request, hidden: Tensor, position: int) -> None:
-        """Collect what a request wants of its prompt's rows: hidden `[n, d]`, the first at `position`."""
-        if request.kind == "embed":
-            total = hidden.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32).sum(0)
-            request.hidden_sum = total if request.hidden_sum is None else request.hidden_sum + total
-            return
-        entries = request.prompt_logprobs
-        if entries is None or len(entries) > position + 1:  # known already: this is a recompute
-            skip = 0 if entries is None else len(entries) - position - 1
-            hidden, position = hidden[skip:], position + skip
-        labels = request.prompt[position + 1 : position + 1 + len(hidden)]
-        count = request.params.prompt_logprobs or 0
-        for i in range(0, len(labels), _PROMPT_LOGITS_ROWS):
-            window = labels[i : i + _PROMPT_LOGITS_ROWS]
-            logits = self.decoder.logits(hidden[i : i + len(window)])
-            assert entries is not None
-            entries += token_logprobs(logits, window, [count] * len(window))
 
     def _fork(self, plan: Plan, ready: list[Sequence]) -> tuple[list[Sequence], list[int]]:
         """Start the siblings of prompts that are now computed.
@@ -436,24 +394,7 @@ class Engine:
 
     def _close(self, request: Request) -> None:
         del self.requests[request.request_id]
-        now = time.monotonic()
-        first, last = request.first_token_s, max(s.last_token_s for s in request.sequences)
-        longest = max(s.num_output for s in request.sequences)
-        scheduled = request.scheduled_s
-        self.counters.finished.append(
-            RequestTiming(
-                arrival_s=request.arrival_s,
-                queued_s=(scheduled or now) - request.arrival_s,
-                ttft_s=first - request.arrival_s if first else None,
-                e2e_s=now - request.arrival_s,
-                tpot_s=(last - first) / (longest - 1) if first and longest > 1 else None,
-                prefill_s=first - scheduled if first and scheduled else None,
-                decode_s=last - first if first else None,
-                prompt_tokens=len(request.prompt),
-                generation_tokens=sum(s.num_output for s in request.sequences),
-                finish_reason=request.sequences[0].finish_reason or "abort",
-            )
-        )
+        self.counters.finished.append(RequestTiming.of(request, time.monotonic()))
 
     def stats(self) -> EngineStats:
         """Counters since the start, and gauges of this moment."""
@@ -481,24 +422,3 @@ def _generates(sequence: Sequence) -> bool:
 def _adapter_version(sequence: Sequence) -> int:
     adapter = sequence.request.adapter
     return 0 if adapter is None else adapter.version
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ModelError("model.device: cuda was asked for, but torch finds no CUDA device")
-    return torch.device(name)
-
-
-def _quantize(wanted: Quantize, kernels: Kernels, dtype: torch.dtype) -> Quantize:
-    """Only the native kernels compute on quantised weights; elsewhere they would only cost time."""
-    native = kernels.name == "cpu" and dtype == torch.float32
-    return "none" if wanted == "auto" and not native else wanted
-
-
-def _dtype(name: str, stored: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        name = "float32" if device.type == "cpu" or stored not in ("bfloat16", "float16") else stored
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype

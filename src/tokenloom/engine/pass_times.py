@@ -76,9 +76,8 @@ def _time(engine: Engine, table: BlockTable, rows: int, context: int) -> float:
     """Milliseconds of a pass that verifies a chain of so many rows."""
     slots = torch.tensor([table.slot(i) for i in range(context)], device=engine.device)
     shape = (context, engine.config.num_kv_heads, engine.config.head_dim)
-    for layer in range(
-        engine.config.num_layers
-    ):  # what lies there may be no normal numbers, and those are slow
+    # What lies there may be no normal numbers, and those are slow.
+    for layer in range(engine.config.num_layers):
         nothing = torch.zeros(shape, dtype=engine.dtype, device=engine.device)
         engine.kv.write(layer, slots, nothing, nothing)
     times = []

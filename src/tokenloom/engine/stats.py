@@ -11,6 +11,7 @@ from tokenloom.engine.outputs import DraftCounts, FinishReason
 if TYPE_CHECKING:
     from tokenloom.cache.tier import Tier
     from tokenloom.engine.coserve import Coserver, Iteration
+    from tokenloom.engine.request import Request
     from tokenloom.engine.training import Training
 
 
@@ -32,6 +33,25 @@ class RequestTiming:
     prompt_tokens: int
     generation_tokens: int
     finish_reason: FinishReason
+
+    @classmethod
+    def of(cls, request: Request, now: float) -> RequestTiming:
+        """Of a request that is over; now: on the clock of `Request.arrival_s`."""
+        first, last = request.first_token_s, max(s.last_token_s for s in request.sequences)
+        longest = max(s.num_output for s in request.sequences)
+        scheduled = request.scheduled_s
+        return cls(
+            arrival_s=request.arrival_s,
+            queued_s=(scheduled or now) - request.arrival_s,
+            ttft_s=first - request.arrival_s if first else None,
+            e2e_s=now - request.arrival_s,
+            tpot_s=(last - first) / (longest - 1) if first and longest > 1 else None,
+            prefill_s=first - scheduled if first and scheduled else None,
+            decode_s=last - first if first else None,
+            prompt_tokens=len(request.prompt),
+            generation_tokens=sum(s.num_output for s in request.sequences),
+            finish_reason=request.sequences[0].finish_reason or "abort",
+        )
 
 
 @dataclass(slots=True)

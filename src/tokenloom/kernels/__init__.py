@@ -12,6 +12,7 @@ from tokenloom.kernels.interface import (
     LayerWeights,
     Linear,
     LowRank,
+    Pages,
     SharedPrefix,
 )
 from tokenloom.kernels.native import native
@@ -29,6 +30,7 @@ __all__ = [
     "Linear",
     "LowRank",
     "PackedWeight",
+    "Pages",
     "SharedPrefix",
     "Weight",
     "dense",

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
 from tokenloom.cache.kv_cache import KVCache
-from tokenloom.kernels.interface import Attend, KVSpan, LayerWeights, ModelShape, SharedPrefix, Weight
+from tokenloom.kernels.interface import Attend, KVSpan, LayerWeights, ModelShape, Pages, SharedPrefix, Weight
 from tokenloom.kernels.native import native
 from tokenloom.kernels.packed import PackedWeight
 from tokenloom.kernels.torch_ops import SMALL_WEIGHT, TorchKernels
@@ -111,30 +111,20 @@ class CpuKernels(TorchKernels):
         )
         return out
 
-    def attention_over_pages(
-        self,
-        q: Tensor,
-        kv: KVCache,
-        layer: int,
-        slots: Tensor,
-        bounds: Tensor,
-        page: int,
-        count: int,
-        by_group: bool,
-    ) -> Tensor:
+    def attention_over_pages(self, q: Tensor, kv: KVCache, layer: int, pages: Pages) -> Tensor:
         heads, head_dim = q.shape[1:]
-        if q.dtype != torch.float32 or not _attends(heads, bounds.shape[1], head_dim):
-            return super().attention_over_pages(q, kv, layer, slots, bounds, page, count, by_group)
+        if q.dtype != torch.float32 or not _attends(heads, pages.bounds.shape[1], head_dim):
+            return super().attention_over_pages(q, kv, layer, pages)
         out = torch.empty(q.shape)
         native.attention_over_pages(
             capsule(q),
             native_cache(kv),
             layer,
-            capsule(slots),
-            capsule(bounds),
-            page,
-            count,
-            by_group,
+            capsule(pages.slots),
+            capsule(pages.bounds),
+            pages.size,
+            pages.count,
+            pages.by_group,
             capsule(out),
             torch.get_num_threads(),
         )

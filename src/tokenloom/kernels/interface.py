@@ -164,6 +164,31 @@ class FusedLayers(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """A sequence's tokens by pages, and what is known of the keys of each.
+
+    Attributes:
+        slots: where the tokens lie, int64 `[length]`, the reading row's own the last.
+        bounds: of the keys of all pages but the last one, which is read in any case: the largest numbers,
+            then the least, `[at least pages - 1, Hk, 2 * D]`.
+        size: tokens of a page; the last one may have fewer.
+        count: pages that are read, the last one among them.
+        by_group: the heads of a group read the same pages, the best for any of them; else each its own.
+    """
+
+    slots: Tensor
+    bounds: Tensor
+    size: int
+    count: int
+    by_group: bool
+
+    @property
+    def tokens_read(self) -> int:
+        """By each head, or each group."""
+        return self.count * self.size - (-len(self.slots) % self.size)
+
+
 class Kernels(Protocol):
     """One compute backend."""
 
@@ -221,31 +246,8 @@ class Kernels(Protocol):
             `[n, Hq, D]`.
         """
 
-    def attention_over_pages(
-        self,
-        q: Tensor,
-        kv: KVCache,
-        layer: int,
-        slots: Tensor,
-        bounds: Tensor,
-        page: int,
-        count: int,
-        by_group: bool,
-    ) -> Tensor:
-        """Attention of one row over the pages of its sequence that may hold the largest scores.
-
-        Args:
-            q: `[1, Hq, D]`.
-            slots: where the sequence's tokens lie, int64 `[length]`, the row's own the last.
-            bounds: of the keys of all pages but the last one, which is read in any case: the largest numbers,
-                then the least, `[at least pages - 1, Hk, 2 * D]`.
-            page: tokens of a page; the last one may have fewer.
-            count: pages that are read, the last one among them.
-            by_group: the heads of a group read the same pages, the best for any of them; else each its own.
-
-        Returns:
-            `[1, Hq, D]`.
-        """
+    def attention_over_pages(self, q: Tensor, kv: KVCache, layer: int, pages: Pages) -> Tensor:
+        """Attention of one row, q `[1, Hq, D]`, over the pages that may hold its largest scores; like q."""
 
     def key_scores(self, q: Tensor, keys: Tensor, slots: Tensor, scales: Tensor | None = None) -> Tensor:
         """q . k of every query head with chosen keys of its kv head.

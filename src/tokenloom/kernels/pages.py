@@ -10,36 +10,25 @@ from torch import Tensor
 from tokenloom.cache.kv_cache import KVCache
 
 if TYPE_CHECKING:
-    from tokenloom.kernels import Kernels
+    from tokenloom.kernels import Kernels, Pages
 
 
-def attend_to_pages(
-    kernels: Kernels,
-    q: Tensor,
-    kv: KVCache,
-    layer: int,
-    slots: Tensor,
-    bounds: Tensor,
-    page: int,
-    count: int,
-    by_group: bool,
-) -> Tensor:
+def attend_to_pages(kernels: Kernels, q: Tensor, kv: KVCache, layer: int, pages: Pages) -> Tensor:
     """See `Kernels.attention_over_pages`."""
-    index = page_index(kernels, q, len(slots), bounds, page, count, by_group)
-    return kernels.attention_at(q, kv, kv.cells(layer, slots.take(index)))
+    index = page_index(kernels, q, pages)
+    return kernels.attention_at(q, kv, kv.cells(layer, pages.slots.take(index)))
 
 
-def page_index(
-    kernels: Kernels, q: Tensor, length: int, bounds: Tensor, page: int, count: int, by_group: bool
-) -> Tensor:
-    """Which of `length` tokens each head reads, ascending, `[Hk, m]` or, unless by group, `[Hq, m]`."""
-    closed, device = -(-length // page) - 1, q.device
+def page_index(kernels: Kernels, q: Tensor, pages: Pages) -> Tensor:
+    """Which tokens each head reads, ascending, `[Hk, m]` or, unless by group, `[Hq, m]`."""
+    length, size, device = len(pages.slots), pages.size, q.device
+    closed = -(-length // size) - 1
     # A dimension's larger product is with the largest number where q is positive, else with the least.
     both = torch.cat((q[0].clamp_min(0), q[0].clamp_max(0)), -1)
-    best = kernels.key_scores(both, bounds, torch.arange(closed, device=device))  # [Hq, pages]
-    if by_group:
-        best = best.unflatten(0, (bounds.shape[1], -1)).amax(1)
-    chosen = kernels.largest(best, count - 1)
-    read = (chosen[..., None] * page + torch.arange(page, device=device)).flatten(1)
-    last = torch.arange(closed * page, length, device=device).expand(len(read), -1)
+    best = kernels.key_scores(both, pages.bounds, torch.arange(closed, device=device))  # [Hq, pages]
+    if pages.by_group:
+        best = best.unflatten(0, (pages.bounds.shape[1], -1)).amax(1)
+    chosen = kernels.largest(best, pages.count - 1)
+    read = (chosen[..., None] * size + torch.arange(size, device=device)).flatten(1)
+    last = torch.arange(closed * size, length, device=device).expand(len(read), -1)
     return torch.cat((read, last), 1)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tokenloom.cache.kv_cache import KVCache
-from tokenloom.kernels.interface import KVSpan, LayerWeights, ModelShape, SharedPrefix
+from tokenloom.kernels.interface import KVSpan, LayerWeights, ModelShape, Pages, SharedPrefix
 from tokenloom.kernels.packed import PackedWeight, Weight, dense
 from tokenloom.kernels.pages import attend_to_pages
 
@@ -103,18 +103,8 @@ class ReferenceKernels:
                 out[i, j] = torch.matmul(weights, values[:end].contiguous())
         return out.view(n, num_heads, head_dim)
 
-    def attention_over_pages(
-        self,
-        q: Tensor,
-        kv: KVCache,
-        layer: int,
-        slots: Tensor,
-        bounds: Tensor,
-        page: int,
-        count: int,
-        by_group: bool,
-    ) -> Tensor:
-        return attend_to_pages(self, q, kv, layer, slots, bounds, page, count, by_group)
+    def attention_over_pages(self, q: Tensor, kv: KVCache, layer: int, pages: Pages) -> Tensor:
+        return attend_to_pages(self, q, kv, layer, pages)
 
     def key_scores(self, q: Tensor, keys: Tensor, slots: Tensor, scales: Tensor | None = None) -> Tensor:
         group = len(q) // keys.shape[1]

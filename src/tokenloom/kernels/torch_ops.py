@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tokenloom.cache.kv_cache import KVCache
-from tokenloom.kernels.interface import FusedLayers, KVSpan, LayerWeights, ModelShape, SharedPrefix
+from tokenloom.kernels.interface import FusedLayers, KVSpan, LayerWeights, ModelShape, Pages, SharedPrefix
 from tokenloom.kernels.packed import PackedWeight, Weight, dense
 from tokenloom.kernels.pages import attend_to_pages
 from tokenloom.kernels.shared_prefix import attend_shared
@@ -128,18 +128,8 @@ class TorchKernels:
             out[:, i] = _tiled(queries[:, i], k, v, None)
         return out.view(n, num_heads, head_dim)
 
-    def attention_over_pages(
-        self,
-        q: Tensor,
-        kv: KVCache,
-        layer: int,
-        slots: Tensor,
-        bounds: Tensor,
-        page: int,
-        count: int,
-        by_group: bool,
-    ) -> Tensor:
-        return attend_to_pages(self, q, kv, layer, slots, bounds, page, count, by_group)
+    def attention_over_pages(self, q: Tensor, kv: KVCache, layer: int, pages: Pages) -> Tensor:
+        return attend_to_pages(self, q, kv, layer, pages)
 
     def key_scores(self, q: Tensor, keys: Tensor, slots: Tensor, scales: Tensor | None = None) -> Tensor:
         chosen = keys[slots]

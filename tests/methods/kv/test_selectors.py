@@ -14,7 +14,7 @@ from tokenloom.cache.block_table import BlockTable
 from tokenloom.cache.cached_tokens import CachedTokens
 from tokenloom.cache.kv_cache import KVCache
 from tokenloom.cache.policy import SequenceShape
-from tokenloom.kernels import get_kernels
+from tokenloom.kernels import Pages, get_kernels
 from tokenloom.kernels.pages import page_index
 from tokenloom.methods.kv.quest import Quest
 from tokenloom.methods.kv.tokenselect import TokenSelect, TokenSelectPolicy
@@ -37,11 +37,9 @@ class Recording(CachedTokens):
         self.asked.append(index)
         return super().attend(layer, q, index)
 
-    def attend_pages(
-        self, layer: int, q: Tensor, bounds: Tensor, page: int, count: int, by_group: bool
-    ) -> Tensor:
-        self.asked.append(page_index(self.kernels, q, self.length, bounds, page, count, by_group))
-        return super().attend_pages(layer, q, bounds, page, count, by_group)
+    def attend_pages(self, layer: int, q: Tensor, pages: Pages) -> Tensor:
+        self.asked.append(page_index(self.kernels, q, pages))
+        return super().attend_pages(layer, q, pages)
 
 
 def cached_tokens(length: int, seed: int = 0) -> Recording:

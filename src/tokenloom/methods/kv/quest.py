@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tokenloom.cache.cached_tokens import CachedTokens
 from tokenloom.cache.policy import KVPolicy, SequenceShape
+from tokenloom.kernels import Pages
 from tokenloom.methods.kv.budget import at_least, check_budget, one_of, tokens_of
 from tokenloom.methods.kv.parts import Selector
 from tokenloom.methods.kv.selection import DecodeSelection
@@ -69,7 +70,8 @@ class QuestPolicy(DecodeSelection):
         if layer < self.knobs.dense_layers or total <= self.pages:
             return None
         bounds = self._bounds(layer, cached)
-        return cached.attend_pages(layer, q, bounds, page, self.pages, self.knobs.group == "kv")
+        pages = Pages(cached.slots(), bounds, page, self.pages, self.knobs.group == "kv")
+        return cached.attend_pages(layer, q, pages)
 
     def _bounds(self, layer: int, cached: CachedTokens) -> Tensor:
         """The bounds of all pages but the open one, which is read in any case, and room for more."""
