@@ -54,9 +54,9 @@ def ppd(
 
     from tokenloom.config import load_settings
     from tokenloom.engine.engine import Engine
+    from tokenloom.methods.calibration import load, shape_of
     from tokenloom.methods.drafting import ppd_text, ppd_training
     from tokenloom.methods.drafting.ppd_student import Student
-    from tokenloom.methods.kv.calibration import load, shape_of
 
     flags = {"model.name": model, **({} if threads is None else {"model.threads": threads})}
     recipe = ppd_training.Recipe(

@@ -21,7 +21,7 @@ from tokenloom.cache.policy import SequenceShape
 from tokenloom.calibrate_cli import calibrate_app
 from tokenloom.errors import RequestError
 from tokenloom.kernels.reference import ReferenceKernels
-from tokenloom.methods.kv.calibration import SHIPPED, load, store
+from tokenloom.methods.calibration import SHIPPED, load, store
 from tokenloom.methods.kv.fasa import Fasa, FasaPolicy
 from tokenloom.methods.kv.fasa_calibration import agreement, chunk_dims, chunk_logits
 from tokenloom.models.rope import Rope

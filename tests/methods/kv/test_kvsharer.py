@@ -15,8 +15,8 @@ from tokenloom.cache.kv_cache import KVCache
 from tokenloom.cache.policy import SequenceShape
 from tokenloom.calibrate_cli import calibrate_app
 from tokenloom.errors import RequestError
+from tokenloom.methods.calibration import load
 from tokenloom.methods.kv import combine
-from tokenloom.methods.kv.calibration import load
 from tokenloom.methods.kv.kvsharer import roots
 from tokenloom.methods.kv.kvsharer_calibration import by_distance, calibrate
 from tokenloom.models.loader import ModelFiles, open_model

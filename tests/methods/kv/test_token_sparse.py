@@ -18,8 +18,8 @@ from tokenloom.calibrate_cli import calibrate_app
 from tokenloom.engine.request import Request
 from tokenloom.errors import RequestError
 from tokenloom.kernels import native
+from tokenloom.methods.calibration import load
 from tokenloom.methods.kv import combine, token_sparse
-from tokenloom.methods.kv.calibration import load
 from tokenloom.methods.kv.token_sparse import TokenSparse, TokenSparsePolicy, attention_of, kept_tokens
 
 L, HQ, HK, D = 3, 4, 2, 16

@@ -11,8 +11,8 @@ from torch import Tensor
 from tokenloom.cache.policy import SequenceShape
 from tokenloom.engine.draft import Drafter, DraftPlace, Tree, Verified
 from tokenloom.errors import RequestError
+from tokenloom.methods.calibration import load, shape_of
 from tokenloom.methods.drafting import ppd_trees
-from tokenloom.methods.kv.calibration import load, shape_of
 from tokenloom.methods.registry import method
 
 FORGET = 0.99

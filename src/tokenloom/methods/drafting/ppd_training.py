@@ -20,9 +20,9 @@ from tokenloom.engine.engine import Engine
 from tokenloom.errors import RequestError
 from tokenloom.finetune.optimizer import rate_factor
 from tokenloom.heap import release_freed_memory
+from tokenloom.methods.calibration import shape_of, store
 from tokenloom.methods.drafting.ppd_student import Prefix, Student, read
 from tokenloom.methods.drafting.ppd_text import Sample
-from tokenloom.methods.kv.calibration import shape_of, store
 
 TRIM_EVERY = 10
 """Steps. Texts differ in length, so the heap is soon full of gaps that nothing fits into."""
@@ -43,7 +43,7 @@ class Recipe:
     """
 
     prompts: int = 3
-    steps: int = 400
+    steps: int = 700
     texts: int = 2
     cuts: int = 32
     rate: float = 1e-2

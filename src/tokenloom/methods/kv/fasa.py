@@ -11,8 +11,8 @@ from torch import Tensor
 from tokenloom.cache.cached_tokens import CachedTokens
 from tokenloom.cache.policy import KVPolicy, SequenceShape
 from tokenloom.errors import RequestError
+from tokenloom.methods.calibration import load
 from tokenloom.methods.kv.budget import at_least, check_budget, one_of, tokens_of
-from tokenloom.methods.kv.calibration import load
 from tokenloom.methods.kv.fasa_calibration import CHUNKINGS, chunk_dims
 from tokenloom.methods.kv.parts import Selector
 from tokenloom.methods.kv.selection import DecodeSelection

@@ -13,7 +13,7 @@ from torch import Tensor
 from tokenloom.cache.cached_tokens import CachedTokens
 from tokenloom.cache.policy import KVPolicy
 from tokenloom.engine.engine import Engine
-from tokenloom.methods.kv.calibration import observe, passages, shape_of, store
+from tokenloom.methods.calibration import observe, passages, shape_of, store
 
 CHUNKINGS = ("pair", "adjacent")
 SIZES = (64, 256, 1024)

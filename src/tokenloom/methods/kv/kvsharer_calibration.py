@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from tokenloom.cache.cached_tokens import CachedTokens
 from tokenloom.cache.policy import KVPolicy
 from tokenloom.engine.engine import Engine
-from tokenloom.methods.kv.calibration import observe, passages, shape_of, store
+from tokenloom.methods.calibration import observe, passages, shape_of, store
 from tokenloom.methods.kv.kvsharer import Sharing, roots
 
 

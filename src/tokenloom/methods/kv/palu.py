@@ -12,8 +12,8 @@ from torch import Tensor
 from tokenloom.cache.cached_tokens import CachedTokens, CosSin
 from tokenloom.cache.policy import KVPolicy, SequenceShape
 from tokenloom.errors import RequestError
+from tokenloom.methods.calibration import load
 from tokenloom.methods.kv.budget import at_least
-from tokenloom.methods.kv.calibration import load
 from tokenloom.methods.kv.packing import Packing
 from tokenloom.methods.kv.parts import Packer
 from tokenloom.methods.kv.rotation import turned

@@ -12,7 +12,7 @@ from tokenloom.cache.cached_tokens import CachedTokens, CosSin
 from tokenloom.cache.policy import KVPolicy, SequenceShape
 from tokenloom.engine.engine import Engine
 from tokenloom.errors import RequestError
-from tokenloom.methods.kv.calibration import observe, passages, shape_of, store
+from tokenloom.methods.calibration import observe, passages, shape_of, store
 from tokenloom.methods.kv.rotation import turned
 
 

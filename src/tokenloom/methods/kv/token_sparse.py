@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from tokenloom.cache.cached_tokens import CachedTokens
 from tokenloom.cache.policy import KVPolicy, SequenceShape
 from tokenloom.errors import RequestError
+from tokenloom.methods.calibration import load
 from tokenloom.methods.kv.budget import at_least, one_of, part
-from tokenloom.methods.kv.calibration import load
 from tokenloom.methods.kv.parts import Prefill
 from tokenloom.methods.kv.snapkv import window_attention
 from tokenloom.methods.registry import method

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenloom.engine.engine import Engine
-from tokenloom.methods.kv.calibration import observe, passages, shape_of, store
+from tokenloom.methods.calibration import observe, passages, shape_of, store
 
 
 @dataclass
