@@ -99,6 +99,8 @@ def ppd(
             def step(at: int, losses: list[float]) -> None:
                 said = "  ".join(f"{loss:.3f}" for loss in losses)
                 status.update(f"step {at + 1} of {steps}: divergence {said}")
+                if (at + 1) % LOG_EVERY == 0:  # also where there is no terminal
+                    err.print(f"step {at + 1} of {steps}: divergence {said}, {_clock()}")
 
             found = ppd_training.train(engine, learned, recipe, step)
             trained = found.embeddings
@@ -123,6 +125,10 @@ def ppd(
             raise RequestError(f"log: {log}: cannot be written ({error})") from error
     if not evaluate:
         out.print(str(ppd_training.keep(engine, found, tables["trained"], about)), soft_wrap=True)
+
+
+def _clock() -> str:
+    return time.strftime("%H:%M:%S")
 
 
 def _means(losses: list[list[float]]) -> list[list[float]]:
