@@ -58,6 +58,11 @@ template <int SUM, int LEFT, int RIGHT>
 inline void tile_dots() {
     asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(LEFT), "i"(RIGHT));
 }
+// Adds the product of 16-bit floats, of which a right factor's column has two side by side.
+template <int SUM, int LEFT, int RIGHT>
+inline void tile_float_dots() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(LEFT), "i"(RIGHT));
+}
 
 #else
 

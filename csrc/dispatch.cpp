@@ -35,7 +35,7 @@ bool amx_permitted() {
     constexpr int request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     unsigned eax, ebx, ecx, edx;
     if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
-    constexpr unsigned tile = 1u << 24, int8 = 1u << 25, all = tile | int8;
+    constexpr unsigned tile = 1u << 24, int8 = 1u << 25, bf16 = 1u << 22, all = tile | int8 | bf16;
     return (edx & all) == all && syscall(SYS_arch_prctl, request, tile_data) == 0;
 }
 

@@ -115,6 +115,18 @@ struct LowRank {
     std::vector<Part> parts;
 };
 
+// y [rows, n] = (or +=) x [rows, k] w [k, n], each product within 2^-15 of itself.
+struct FloatProducts {
+    const float *x, *w;
+    float* y;
+    int rows, n, k;
+    ptrdiff_t x_stride, w_stride, y_stride;
+    bool add;
+    uint16_t* packed;  // room for `packed_numbers(rows)`, from a multiple of 64 bytes on
+};
+constexpr int FLOAT_DEPTH = 288;  // columns of x that are packed at once, as two numbers each
+inline size_t packed_numbers(int rows) { return static_cast<size_t>(rows + 31) / 32 * 32 * 2 * FLOAT_DEPTH; }
+
 // Rows of a batch that go through it.
 struct LowRankRows {
     int begin, end;
@@ -163,6 +175,7 @@ struct Kernels {
     // cells [Hk or Hq, pages.tokens()]; best: room for [heads, total - 1].
     void (*choose_pages)(Work& work, const float* q, const Pages& pages, int heads, float* best, int64_t* cells);
     void (*few_products)(Work& work, const float* x, int rows, const float* weights, int n, int k, float* y);
+    void (*float_products)(Work& work, const FloatProducts& products);  // null: none
     void (*attention_backward)(Work& work, const AttentionShape& shape, const AttentionGradients& gradients,
                                const KVLayer& kv);
     // The k largest of each row in descending order (of equal ones the first), and log(sum(exp(row))).

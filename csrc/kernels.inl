@@ -44,6 +44,11 @@ int begin_of(int piece, int pieces, int count) {
 #include "attention.inl"
 #include "key_scores.inl"
 #include "attention_backward.inl"
+#if defined(__AMX_BF16__)
+#include "float_tiles.inl"
+#else
+constexpr void (*float_products)(Work&, const FloatProducts&) = nullptr;
+#endif
 
 void sum_words(Work& work, const uint64_t* data, size_t count, uint64_t* out) {
     // Bytes of a tensor may begin anywhere.
@@ -73,7 +78,7 @@ extern const Kernels kernels;
 const Kernels kernels = {
     TOKENLOOM_ISA_NAME, quantize,          linear,      unpack,    unpack_group, rms_norm,     silu_mul,
     rms_norm_backward,  silu_mul_backward, rope_append, attention, key_scores,   choose_pages, few_products,
-    attention_backward, top,               largest,     sum_words,
+    float_products,     attention_backward, top,        largest,   sum_words,
 };
 
 }  // namespace TOKENLOOM_ISA

@@ -163,6 +163,13 @@ float* Scratch::rows(size_t count) {
     return floats.data();
 }
 
+uint16_t* Scratch::packed(size_t count) {
+    constexpr size_t LINE = 64 / sizeof(uint16_t);
+    if (halves.size() < count + LINE) halves.resize(count + LINE);
+    const size_t beyond = reinterpret_cast<uintptr_t>(halves.data()) / sizeof(uint16_t) % LINE;
+    return halves.data() + (LINE - beyond) % LINE;
+}
+
 Scratch& scratch() {
     thread_local Scratch own;
     return own;

@@ -92,6 +92,8 @@ struct Scratch {
     std::vector<float> scales;
     Activations activations(int rows, int columns);
     float* rows(size_t count);
+    std::vector<uint16_t> halves;
+    uint16_t* packed(size_t count);  // from a multiple of 64 bytes on
 };
 Scratch& scratch();
 

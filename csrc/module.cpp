@@ -158,6 +158,25 @@ void few_products(nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device
     });
 }
 
+void float_products(Rows x, Rows w, Matrix y, bool add, int threads) {
+    check_rows(x, "x");
+    check_rows(w, "w");
+    if (!isa().float_products) bad("this instruction set has no tiles");
+    FloatProducts p{x.data(), w.data(), y.data(), static_cast<int>(x.shape(0)), static_cast<int>(y.shape(1)),
+                    static_cast<int>(x.shape(1)), x.stride(0), w.stride(0), y.stride(0), add, nullptr};
+    if (static_cast<int>(w.shape(0)) != p.k || static_cast<int>(w.shape(1)) != p.n) bad("w: wrong shape");
+    if (static_cast<int>(y.shape(0)) != p.rows) bad("y: wrong shape");
+    if (p.rows == 0 || p.n == 0 || p.k == 0) bad("x, w: empty");
+    p.packed = scratch().packed(packed_numbers(p.rows));
+    nb::gil_scoped_release release;
+    run_team(threads, [&](Team& team) {
+        Work work(team, threads);
+        isa().float_products(work, p);
+    });
+}
+
+bool has_float_products() { return isa().float_products; }
+
 using Ids = nb::ndarray<int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 void top(Rows x, Matrix values, Ids ids,
@@ -264,6 +283,9 @@ NB_MODULE(_native, m) {
     m.def("attention_over_pages", &attention_over_pages, "q"_a, "kv"_a, "layer"_a, "slots"_a, "bounds"_a.noconvert(),
           "page"_a, "count"_a, "by_group"_a, "out"_a.noconvert(), "threads"_a);
     m.def("few_products", &few_products, "x"_a, "weights"_a.noconvert(), "y"_a.noconvert(), "threads"_a);
+    m.def("float_products", &float_products, "x"_a, "w"_a, "y"_a.noconvert(), "add"_a, "threads"_a,
+          "y = x w, or y += x w.");
+    m.def("has_float_products", &has_float_products, "Whether the instruction set at work has tiles for them.");
     m.def("attention_backward", &attention_backward, "dq"_a.noconvert(), "dk"_a.noconvert(), "dv"_a.noconvert(),
           "d_out"_a, "q"_a, "out"_a, "lse"_a, "kv"_a, "layer"_a, "spans"_a, "blocks"_a, "firsts"_a, "block_size"_a,
           "window"_a, "threads"_a, "Writes dq, adds to dk and dv.");

@@ -10,7 +10,7 @@ from gguf.constants import GGMLQuantizationType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenloom.kernels import FORMATS, PackedWeight, dense, get_kernels, native, num_bytes, packed, times
+from tokenloom.kernels import FORMATS, PackedWeight, dense, get_kernels, native, num_bytes, packed, torch_ops
 
 WITH_AND_WITHOUT = [True, False] if native is not None else [False]
 few = settings(max_examples=40, deadline=None)
@@ -124,30 +124,29 @@ def test_bytes_are_the_files(name: str, bits: float) -> None:
 
 @few
 @given(formats, st.integers(1, 40), st.integers(1, 9), st.booleans(), seeds)
-def test_times_is_the_dense_product(name: str, out: int, rows: int, with_extra: bool, seed: int) -> None:
+def test_the_gradient_of_a_linear_is_the_dense_product(
+    name: str, out: int, rows: int, with_extra: bool, seed: int
+) -> None:
     torch.manual_seed(seed)
-    weight, x = PackedWeight.quantize(name, torch.randn(out, 64)), torch.randn(rows, out)
+    weight, dy = PackedWeight.quantize(name, torch.randn(out, 64)), torch.randn(rows, out)
     extra = torch.randn(rows, 64) if with_extra else None
-    expected = x @ weight.dense() + (extra if extra is not None else 0)
-    torch.testing.assert_close(times(x, weight, extra), expected, rtol=0, atol=1e-4)
-    torch.testing.assert_close(times(x, weight.dense(), extra), expected, rtol=0, atol=1e-4)
+    expected = dy @ weight.dense() + (extra if extra is not None else 0)
+    for kernels in (get_kernels("reference"), get_kernels("torch")):
+        for given_weight in (weight, weight.dense()):
+            given_up = None if extra is None else extra.clone()
+            dx = kernels.linear_backward(dy, given_weight, given_up)
+            torch.testing.assert_close(dx, expected, rtol=0, atol=1e-4)
 
 
-def test_times_in_tiles_of_rows_is_the_whole_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "_TILE_ROWS", 10)
-    weight, x = PackedWeight.quantize("Q4_1", torch.randn(37, 64)), torch.randn(3, 37, dtype=torch.float64)
-    torch.testing.assert_close(times(x, weight), x @ weight.dense().double())
-
-
-def test_times_leaves_its_extra_alone() -> None:
-    weight, x, extra = (
-        PackedWeight.quantize("Q4_1", torch.randn(8, 64)),
-        torch.randn(3, 8),
-        torch.randn(3, 64),
-    )
-    before = extra.clone()
-    times(x, weight, extra)
-    assert torch.equal(extra, before)
+@pytest.mark.parametrize("with_extra", [False, True])
+def test_the_gradient_in_tiles_of_rows_is_the_whole_product(
+    monkeypatch: pytest.MonkeyPatch, with_extra: bool
+) -> None:
+    monkeypatch.setattr(torch_ops, "UNPACKED_ROWS", 10)
+    weight, dy = PackedWeight.quantize("Q4_1", torch.randn(37, 64)), torch.randn(3, 37, dtype=torch.float64)
+    extra = torch.randn(3, 64, dtype=torch.float64) if with_extra else None
+    expected = dy @ weight.dense().double() + (0 if extra is None else extra)
+    torch.testing.assert_close(get_kernels("torch").linear_backward(dy, weight, extra), expected)
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])

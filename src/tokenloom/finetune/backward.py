@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tokenloom.batch import Keep
 from tokenloom.cache.kv_cache import KVCache
-from tokenloom.kernels import KVSpan, LayerWeights, Linear, PackedWeight, Weight, times
+from tokenloom.kernels import KVSpan, LayerWeights, Linear, PackedWeight, Weight
 from tokenloom.models.adapters.adapter import Params, TrainableBypass
 from tokenloom.models.decoder import Decoder
 
@@ -155,7 +155,7 @@ class LayerBackward:
             dy, extra = bypass.backward(dy, x, linear, self.model.kernels, keep, grads)
         if not need_dx:
             return dy
-        return times(dy, self._weight(w, site, linear, dy), extra)
+        return self.model.kernels.linear_backward(dy, self._weight(w, site, linear, dy), extra)
 
     def _weight(self, w: Window, site: str, linear: Linear, like: Tensor) -> Weight:
         """A projection's weight, in numbers where it is quantised and small: they serve all of the layer's

@@ -16,7 +16,7 @@ from tokenloom.finetune.backward import Kept, LayerBackward, Window
 from tokenloom.finetune.data import Sample
 from tokenloom.finetune.objective import LossSums, Objective
 from tokenloom.finetune.retained import Retain, Retained, blocks_needed
-from tokenloom.kernels import KVSpan, times
+from tokenloom.kernels import KVSpan
 from tokenloom.models.adapters.adapter import Adapter
 
 KeepFor = Callable[[int, int], Keep | None]
@@ -188,7 +188,9 @@ class TrainingPass:
         else:
             sums, d_logits = self.objective.backward(logits, labels, weights)
             self._add_loss(sums)
-            d_normed = times(d_logits, model.head).mul_((weights * self.scale)[:, None])
+            d_normed = model.kernels.linear_backward(d_logits, model.head).mul_(
+                (weights * self.scale)[:, None]
+            )
             # Rows before and between the labelled ones have no loss of their own.
             begin = self.labelled[first - 1] + 1 if first else 0
             self.hidden[begin : self.labelled[last - 1] + 1] = 0

@@ -16,7 +16,7 @@ from tokenloom.kernels.interface import (
     SharedPrefix,
 )
 from tokenloom.kernels.native import native
-from tokenloom.kernels.packed import FORMATS, PackedWeight, Weight, dense, num_bytes, times
+from tokenloom.kernels.packed import FORMATS, PackedWeight, Weight, dense, num_bytes
 from tokenloom.kernels.reference import ReferenceKernels
 from tokenloom.kernels.torch_ops import TorchKernels
 
@@ -38,7 +38,6 @@ __all__ = [
     "get_kernels",
     "native",
     "num_bytes",
-    "times",
 ]
 
 

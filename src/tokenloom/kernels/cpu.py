@@ -27,6 +27,7 @@ capsule = to_dlpack
 
 HEAD_DIMS = (8, 16, 32, 64, 80, 96, 128)
 MAX_GROUP = 64  # query heads per KV head
+TILE_ROWS = 128  # of float32 products in matrix tiles: with fewer BLAS is as fast
 FEW_ROWS = 4  # of float32 weights: from 8 rows on BLAS is as fast
 
 # As the native kernels number them.
@@ -54,6 +55,14 @@ class CpuKernels(TorchKernels):
         else:
             native.few_products(capsule(x.contiguous()), capsule(weight), capsule(y), torch.get_num_threads())
         return y if bias is None else y.add_(bias)
+
+    def linear_backward(self, dy: Tensor, weight: Weight, extra: Tensor | None = None) -> Tensor:
+        if isinstance(weight, PackedWeight) or not _in_tiles(dy, weight):
+            return super().linear_backward(dy, weight, extra)
+        dx = torch.empty(len(dy), weight.shape[1]) if extra is None else extra
+        arrays = (capsule(dy), capsule(weight), capsule(dx))
+        native.float_products(*arrays, extra is not None, torch.get_num_threads())
+        return dx
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if x.dtype != torch.float32 or x.dim() != 2 or x.stride(-1) != 1:
@@ -404,6 +413,13 @@ def _reads_memory(x: Tensor, weight: Tensor) -> bool:
     """Whether a product takes as long as reading its weight: BLAS needs twice that for a row or two."""
     fits = weight.dtype == torch.float32 and weight.is_contiguous() and x.shape[1] % 8 == 0
     return fits and len(x) <= FEW_ROWS and weight.numel() > SMALL_WEIGHT
+
+
+def _in_tiles(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product of float32 is one of pairs of 16-bit floats in matrix tiles: gradients of frozen
+    weights may be (each product is within 2^-15 of itself), what a model says never is."""
+    fits = x.dtype == weight.dtype == torch.float32 and x.stride(-1) == weight.stride(-1) == 1
+    return fits and len(x) >= TILE_ROWS and min(weight.shape) >= TILE_ROWS and native.has_float_products()
 
 
 def _attends(heads: int, kv_heads: int, head_dim: int) -> bool:

@@ -197,6 +197,10 @@ class Kernels(Protocol):
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """x `[T, in]`, weight `[out, in]` -> `[T, out]`."""
 
+    def linear_backward(self, dy: Tensor, weight: Weight, extra: Tensor | None = None) -> Tensor:
+        """The gradient of `linear`'s x by that of its result, dy `[T, out]`: `[T, in]`, added to extra, which
+        is given up. A quantised weight becomes numbers for this product only, some rows at a time."""
+
     def add_linear(self, y: Tensor, x: Tensor, weight: Tensor) -> None:
         """y `[T, out]` += x `[T, in]` times weight `[out, in]`, which is small; y may be strided."""
 

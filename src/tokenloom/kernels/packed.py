@@ -18,7 +18,6 @@ from torch import Tensor
 from tokenloom.kernels.native import native
 
 GROUP, BLOCK = 8, 32
-_TILE_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -135,17 +134,3 @@ def dense(weight: Weight, rows: slice | None = None, like: Tensor | None = None)
 
 def num_bytes(weight: Weight) -> int:
     return weight.num_bytes if isinstance(weight, PackedWeight) else weight.numel() * weight.element_size()
-
-
-def times(x: Tensor, weight: Weight, extra: Tensor | None = None) -> Tensor:
-    """x `[n, out]` times weight `[out, in]`, plus extra `[n, in]`: the gradient of a linear's input.
-
-    A quantised weight becomes numbers for this product only, some rows at a time.
-    """
-    if not isinstance(weight, PackedWeight):
-        return x @ weight if extra is None else torch.addmm(extra, x, weight)
-    total = x.new_zeros(len(x), weight.shape[1]) if extra is None else extra
-    for first in range(0, weight.shape[0], _TILE_ROWS):
-        rows = slice(first, min(first + _TILE_ROWS, weight.shape[0]))
-        total = torch.addmm(total, x[:, rows], dense(weight, rows, x))
-    return total

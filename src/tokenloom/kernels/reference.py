@@ -33,6 +33,10 @@ class ReferenceKernels:
             y[i] = torch.mv(weight, row.clone())
         return y if bias is None else y + bias
 
+    def linear_backward(self, dy: Tensor, weight: Weight, extra: Tensor | None = None) -> Tensor:
+        dx = dy @ dense(weight, like=dy)
+        return dx if extra is None else dx + extra
+
     def add_linear(self, y: Tensor, x: Tensor, weight: Tensor) -> None:
         y += self.linear(x, weight)
 

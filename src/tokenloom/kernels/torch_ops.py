@@ -20,6 +20,8 @@ from tokenloom.kernels.shared_prefix import attend_shared
 _FEW_ROWS = 48
 # ... but not where the weight lies in the caches anyway.
 SMALL_WEIGHT = 2**18
+# Rows of a quantised weight that are numbers at a time, for a gradient.
+UNPACKED_ROWS = 4096
 # Rows of one tile of attention: its weights, `[Hq, rows, keys]`, should stay in the caches.
 _TILE_ROWS = 128
 
@@ -40,6 +42,15 @@ class TorchKernels:
         columns = torch.cat((x, x)).t() if rows == 1 else x.t()
         y = torch.mm(weight, columns)[:, :rows].t().contiguous()
         return y if bias is None else y.add_(bias)
+
+    def linear_backward(self, dy: Tensor, weight: Weight, extra: Tensor | None = None) -> Tensor:
+        if not isinstance(weight, PackedWeight):
+            return dy @ weight if extra is None else extra.addmm_(dy, weight)
+        for first in range(0, weight.shape[0], UNPACKED_ROWS):
+            rows = slice(first, min(first + UNPACKED_ROWS, weight.shape[0]))
+            extra = self.linear_backward(dy[:, rows], dense(weight, rows, dy), extra)
+        assert extra is not None
+        return extra
 
     def add_linear(self, y: Tensor, x: Tensor, weight: Tensor) -> None:
         y.addmm_(x, weight.t())
