@@ -73,15 +73,14 @@ export function stacked(element, series, onHover) {
  * Lines over time or steps. `series` are `{color, dash, points}`; gaps are nulls. `x` is "time" or "step".
  * Returns `set(xs, ys)`.
  */
-export function lines(element, series, { x = "time", height = 110, floor = 0, onHover = () => {} } = {}) {
-  element.style.height = `${height}px`;
+export function lines(element, series, { x = "time" } = {}) {
   const chart = draw(
     element,
     {
       cursor: { y: false, points: { size: 6 } },
       scales: {
         x: { time: x === "time" },
-        y: { range: (u, low, high) => (low === null ? [0, 1] : [Math.min(floor, low), high * 1.1 || 1]) },
+        y: { range: (u, low, high) => (low === null ? [0, 1] : [Math.min(0, low), high * 1.1 || 1]) },
       },
       axes: [
         x === "time" ? timeAxis() : axis({ size: 28, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 5000, 20000] }),
@@ -97,7 +96,6 @@ export function lines(element, series, { x = "time", height = 110, floor = 0, on
           points: { show: Boolean(points), size: 5, fill: () => css(color) },
         })),
       ],
-      hooks: { setCursor: [(u) => onHover(u.cursor.idx ?? null)] },
     },
     [[], ...series.map(() => [])],
   );

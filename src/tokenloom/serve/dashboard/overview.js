@@ -117,7 +117,6 @@ function latencyPanel(name, title) {
   const set = lines(
     chart,
     [{ color: "--decode" }, { color: "--prefill" }, { color: "--training" }, { color: "--bad", dash: [5, 4] }],
-    { height: 96 },
   );
   return (latency) => {
     const past = latencies[name];
