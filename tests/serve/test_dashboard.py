@@ -86,7 +86,8 @@ def test_a_running_request_is_in_the_table_without_its_text(server, visit):
     with server.http.stream("POST", "/v1/completions", json={**body, "kv": "snapkv(budget=64)"}):
         row = page.locator("#requests tr").first
         expect(row).to_contain_text("/ 450")
-        expect(row).to_contain_text("kv snapkv(budget=64")
+        expect(row.locator("td").last).to_have_text("kv snapkv")
+        expect(row.locator("td").last).to_have_attribute("title", re.compile("budget=64"))
     assert "secret" not in page.content()
 
 
@@ -172,14 +173,15 @@ def test_a_finished_model_can_be_tried(server, visit):
     expect(page.get_by_label("Model of B")).to_have_value(name)
 
 
-@pytest.mark.parametrize("width", [360, 390, 768])
-def test_nothing_scrolls_sideways_on_a_phone(server, visit, width):
-    page = visit(server, viewport={"width": width, "height": 800})
+def test_nothing_scrolls_sideways_on_a_phone(server, visit):
+    page = visit(server)
     live(page)
     for view in ("overview", "playground", "finetuning", "models"):
         page.locator(f'.views a[href="#{view}"]').click()
-        expect(page.locator(f"#view-{view}")).to_be_visible()
-        assert page.evaluate("document.documentElement.scrollWidth") == width, view
+        for width in (360, 768):
+            page.set_viewport_size({"width": width, "height": 800})
+            expect(page.locator(f"#view-{view}")).to_be_visible()
+            assert page.evaluate("document.documentElement.scrollWidth") == width, view
 
 
 def test_everything_can_be_reached_by_the_keyboard(server, visit):
@@ -192,7 +194,16 @@ def test_everything_can_be_reached_by_the_keyboard(server, visit):
         reached.append(page.evaluate(f"{name} || document.activeElement.textContent"))
         if reached[-1] == "clear":
             break
-    wanted = ["Skip to content", "Overview", "pause", "theme", "temperature", "compare", "Model of A", "prompt"]
+    wanted = [
+        "Skip to content",
+        "Overview",
+        "pause",
+        "theme",
+        "temperature",
+        "compare",
+        "Model of A",
+        "prompt",
+    ]
     assert [name for name in reached if name in wanted] == wanted
     page.locator(".skip").focus()
     page.keyboard.press("Enter")

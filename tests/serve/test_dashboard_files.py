@@ -31,7 +31,9 @@ def test_every_file_that_the_page_names_is_served(shared):
 @pytest.mark.parametrize("path", PAGE_PATHS)
 def test_each_file_is_kept_until_it_changes(shared, path):
     first = shared.http.get(path)
-    assert first.headers["cache-control"] == "no-cache" and first.headers["x-content-type-options"] == "nosniff"
+    assert (
+        first.headers["cache-control"] == "no-cache" and first.headers["x-content-type-options"] == "nosniff"
+    )
     for condition in (first.headers["etag"], f'"other", W/{first.headers["etag"]}', "*"):
         again = shared.http.get(path, headers={"if-none-match": condition})
         assert (again.status_code, again.content) == (304, b"")

@@ -1,8 +1,8 @@
 """What the engine holds at this moment: its requests, its KV blocks, its training. For people who watch.
 
 Taken from any thread while the loop goes on: every container is copied at once, so that nothing breaks, but
-what is seen of two of them may be an iteration apart. It costs the loop a moment of the interpreter's time, and
-nothing when nobody asks.
+what is seen of two of them may be an iteration apart. It costs the loop a moment of the interpreter's time,
+and nothing when nobody asks.
 """
 
 from __future__ import annotations

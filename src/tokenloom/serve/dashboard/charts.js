@@ -22,7 +22,7 @@ function axis(more) {
 /** A chart that fills `element`, whatever its size. */
 function draw(element, options, data) {
   const size = () => ({ width: Math.max(120, element.clientWidth), height: Math.max(80, element.clientHeight) });
-  const chart = new uPlot({ ...size(), legend: { show: false }, padding: [8, 6, 0, 0], ...options }, data, element);
+  const chart = new uPlot({ ...size(), legend: { show: false }, padding: [8, 24, 0, 0], ...options }, data, element);
   charts.add(chart);
   new ResizeObserver(() => {
     if (element.clientWidth > 0) chart.setSize(size());

@@ -161,6 +161,7 @@ function showBlocks({ blocks }) {
 function requestRow(request) {
   const most = request.max_tokens === null ? null : request.max_tokens * request.choices;
   const methods = [request.adapter, request.kv && `kv ${request.kv}`, request.draft && `draft ${request.draft}`].filter(Boolean);
+  const names = methods.map((spec) => spec.replaceAll(/\([^()]*\)/g, "")); // knobs are told by the title
   const prompt = request.state === "prefill" ? `${count(request.computed_tokens)} of ${count(request.prompt_tokens)}` : count(request.prompt_tokens);
   const cached = request.cached_tokens ? h("span", { className: "sub", textContent: ` · ${count(request.cached_tokens)} cached` }) : null;
   const output = h("td", { className: "number" }, most === null ? count(request.output_tokens) : `${count(request.output_tokens)} / ${count(most)}`);
@@ -176,7 +177,7 @@ function requestRow(request) {
     h("td", { className: "number optional", textContent: request.ttft_s === null ? "–" : ms(request.ttft_s * 1000) }),
     h("td", { className: "number optional", textContent: seconds(request.age_s) }),
     h("td", { className: "number optional", textContent: count(request.kv_blocks) }),
-    h("td", { className: "clip optional", title: methods.join(" · "), textContent: methods.join(" · ") || "–" }),
+    h("td", { className: "clip optional", title: methods.join(" · "), textContent: names.join(" · ") || "–" }),
   );
 }
 
