@@ -50,7 +50,7 @@ function showTiles(snapshot) {
   const all = snapshot.totals;
   tiles.output(rate(perSecond("generation_tokens")), "tokens/s", `${count(all.generation_tokens)} in all`);
   const reused = all.prefix_queries_tokens ? all.prefix_hits_tokens / all.prefix_queries_tokens : 0;
-  tiles.prompt(rate(perSecond("prompt_tokens")), "tokens/s", `${percent(reused)} from the prefix cache`);
+  tiles.prompt(rate(perSecond("prompt_tokens")), "tokens/s", `${percent(reused)} found cached`);
   tiles.requests(count(snapshot.running), "running", `${count(snapshot.waiting)} waiting`);
   for (const name of ["ttft", "itl"]) {
     const { p90_ms, target_ms, within } = snapshot[name];
