@@ -3,7 +3,7 @@
     python tests/system/dashboard_screenshots.py            # writes docs/dashboard-*.png, in a few minutes
 
 Needs playwright (the dev extra) and chromium. It starts a server of its own on a free port of 127.0.0.1, with
-a home folder of its own that is gone afterwards; three clients chat, and a job trains on thirty rows beside
+a home folder of its own that is gone afterwards; two clients chat, and a job trains on thirty rows beside
 them.
 """
 
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 QUESTIONS = (
     "Why is the sky blue?",
     "Name three rivers of Europe and a city at each.",
-    "Write four lines about the sea in autumn.",
+    "Write the numbers from 1 to 40, separated by commas.",
     "What is a hash table, and when is it slow?",
 )
 METHODS: tuple[dict[str, str], ...] = ({}, {"draft": "token_recycling+ngram"}, {"kv": "quest(budget=128)"})
@@ -62,7 +62,7 @@ def serving(home: str) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "tokenloom", "serve", "--port", str(port)]
-    command += ["--set", "cache.kv_bytes=400000000"]
+    command += ["--set", "cache.kv_bytes=400000000", "--set", "slo.tpot_ms=400"]
     process = subprocess.Popen(command, env={**os.environ, "TOKENLOOM_HOME": home}, stdout=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     try:
@@ -146,7 +146,7 @@ def main() -> None:
         raise SystemExit("no chromium here: apt-get install chromium")
     stop = threading.Event()
     with tempfile.TemporaryDirectory() as home, serving(home) as url, sync_playwright() as playwright:
-        clients = [threading.Thread(target=chat, args=(url, i, stop), daemon=True) for i in range(3)]
+        clients = [threading.Thread(target=chat, args=(url, i, stop), daemon=True) for i in range(2)]
         start_job(url)
         wait_for_training(url)
         for client in clients:

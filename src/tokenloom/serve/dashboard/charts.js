@@ -22,7 +22,7 @@ function axis(more) {
 /** A chart that fills `element`, whatever its size. */
 function draw(element, options, data) {
   const size = () => ({ width: Math.max(120, element.clientWidth), height: Math.max(80, element.clientHeight) });
-  const chart = new uPlot({ ...size(), legend: { show: false }, padding: [8, 24, 0, 0], ...options }, data, element);
+  const chart = new uPlot({ ...size(), legend: { show: false }, padding: [8, 32, 0, 0], ...options }, data, element);
   charts.add(chart);
   new ResizeObserver(() => {
     if (element.clientWidth > 0) chart.setSize(size());
@@ -93,7 +93,8 @@ export function lines(element, series, { x = "time" } = {}) {
           width: dash ? 1.5 : 2,
           dash,
           spanGaps: true,
-          points: { show: Boolean(points), size: 5, fill: () => css(color) },
+          // A line through one or two points alone would not be seen.
+          points: { show: (u) => Boolean(points) || u.data[0].length < 3, size: 5, fill: () => css(color) },
         })),
       ],
     },

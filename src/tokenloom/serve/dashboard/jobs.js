@@ -5,7 +5,7 @@ import { lines } from "./charts.js";
 import { byId, clock, count, h, say, seconds } from "./dom.js";
 import { openJobForm } from "./jobform.js";
 
-const EVERY_MS = 2000;
+const EVERY_MS = 1000;
 const PAGE = 1000;
 const ACTIONS = {
   validating_files: ["cancel"],

@@ -12,7 +12,7 @@ const KINDS = [
   { key: "drafted", name: "Drafted", color: "--drafted" },
   { key: "training", name: "Training", color: "--training" },
 ];
-const NOTHING = { prefill: 0, decode: 0, drafted: 0, training: 0, iterations: 0 };
+const NOTHING = { prefill: 0, decode: 0, drafted: 0, training: 0, iterations: 0, busy_ms: 0 };
 
 /** Seconds by their number; the server sends each one once. */
 const history = new Map();
@@ -86,7 +86,9 @@ function showLegend() {
   const second = shown[at];
   if (!second) return;
   for (const { key } of KINDS) say(legendValues[key], count(second[key]));
-  say(when, `${clock(second.at_s)} · ${count(second.iterations)} iterations`);
+  // An iteration counts where it ends, and may have begun before.
+  const busy = percent(Math.min(1, second.busy_ms / 1000));
+  say(when, `${clock(second.at_s)} · ${count(second.iterations)} iterations, busy ${busy}`);
 }
 
 function showRows(snapshot) {
