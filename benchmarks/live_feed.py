@@ -3,8 +3,9 @@
     python benchmarks/live_feed.py                 # default model, about two minutes
     python benchmarks/live_feed.py --rounds 1 --seconds 2
 
-A server of its own on 127.0.0.1 answers eight streams that never end. The settings take turns, round by round,
-so that a slow moment of the machine meets them all; listeners are curl processes that throw away what they get.
+A server of its own on 127.0.0.1 answers eight streams that never end. The settings take turns, round by
+round, so that a slow moment of the machine meets them all; listeners are curl processes that throw away what
+they get.
 """
 
 from __future__ import annotations
