@@ -12,7 +12,8 @@ from tokenloom.engine.outputs import DraftCounts, FinishReason
 
 if TYPE_CHECKING:
     from tokenloom.cache.tier import Tier
-    from tokenloom.engine.coserve import Coserver, Iteration
+    from tokenloom.engine.composition import Iteration
+    from tokenloom.engine.coserve import Coserver
     from tokenloom.engine.request import Request
     from tokenloom.engine.training import Training
 
