@@ -12,6 +12,7 @@ from tiny_models import CHAT_TEMPLATE, tiny_tokenizer
 from tokenloom.config import Settings
 from tokenloom.engine.adapters import AdapterRegistry, LoadedAdapter
 from tokenloom.engine.outputs import Delta, StepOutput, TokenLogprob
+from tokenloom.engine.overview import BlocksOverview, Overview
 from tokenloom.engine.sampling_params import SamplingParams
 from tokenloom.engine.stats import EngineStats, RequestTiming
 from tokenloom.errors import EngineStoppedError, RequestError
@@ -56,6 +57,7 @@ class FakeEngine:
         self.draining = False
         self.running = 0
         self.abort_all = False
+        self.seen = Overview([], 0, BlocksOverview(16, "rrffffff"), [], False, [])
         self.counters = EngineStats(kv_blocks_total=8, kv_blocks_used=2, iterations=5, batch_tokens=50)
 
     @property
@@ -78,6 +80,9 @@ class FakeEngine:
 
     def stats(self) -> EngineStats:
         return self.counters
+
+    def overview(self) -> Overview:
+        return self.seen
 
     def generate(
         self,

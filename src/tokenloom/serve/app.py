@@ -23,9 +23,12 @@ from tokenloom.serve.completions import completions_router
 from tokenloom.serve.context import RequestContext
 from tokenloom.serve.errors import install_error_handlers
 from tokenloom.serve.jobs import Jobs, open_jobs
+from tokenloom.serve.live import live_router
+from tokenloom.serve.methods import methods_router
 from tokenloom.serve.metrics import Metrics, metrics_router
 from tokenloom.serve.models import Models
 from tokenloom.serve.security import LOOPBACK, BodyLimit, ConcurrencyLimit, HostCheck, KeyCheck
+from tokenloom.serve.static import static_router
 from tokenloom.version import __version__
 
 
@@ -83,6 +86,9 @@ def create_app(
         tokens_router(engine, models),
         health_router(engine),
         metrics_router(metrics),
+        live_router(engine, settings),
+        methods_router(),
+        static_router(),
         *(jobs.routers() if jobs else ()),
         *routers,
     ):

@@ -12,10 +12,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tokenloom.config import Settings
 from tokenloom.serve.errors import ApiError
+from tokenloom.serve.static import PAGE_PATHS
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-OPEN_PATHS = ("/health", "/ready")
-UNCOUNTED_PATHS = (*OPEN_PATHS, "/metrics")
+OPEN_PATHS = ("/health", "/ready", *PAGE_PATHS)
+UNCOUNTED_PATHS = (*OPEN_PATHS, "/metrics", "/live")  # the last has a limit of its own
 UPLOADS = ("POST", "/v1/files")
 """Has a limit of its own, `jobs.max_file_bytes`, while it reads."""
 
