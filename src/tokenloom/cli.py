@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shlex
 import sys
 from pathlib import Path
@@ -103,10 +102,11 @@ def serve(
         "methods.draft": draft,
         **model_flags(model, dtype, device, quantize, backend, threads),
     }
+    from tokenloom.logs import set_up_logging
     from tokenloom.methods.defaults import with_drafter, with_methods
 
     settings = with_methods(read_settings(flags, config, set_))
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    set_up_logging(settings.logging)
     fetch(settings.model.name)
     from tokenloom.engine.async_engine import AsyncEngine
     from tokenloom.engine.engine import Engine

@@ -213,6 +213,24 @@ class LimitSettings(_Branch):
     max_concurrent: int = Field(256, ge=1, description="HTTP requests at work at the same time.")
 
 
+class LoggingSettings(_Branch):
+    """What the server writes to standard error."""
+
+    format: Literal["text", "json"] = Field("text", description="json: one object a line, for collectors.")
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    content: bool = Field(
+        False, description="Write prompts and answers to the log, too: they are personal data."
+    )
+
+
+class TracingSettings(_Branch):
+    """OpenTelemetry traces (the `otel` extra). All else is said by OpenTelemetry's own OTEL_* variables."""
+
+    exporter: Literal["none", "otlp"] = Field(
+        "none", description="otlp: spans go to OTEL_EXPORTER_OTLP_ENDPOINT, by HTTP."
+    )
+
+
 class ServerSettings(_Branch):
     """Where and for whom the server listens."""
 
@@ -254,6 +272,8 @@ class Settings(BaseSettings):
     methods: MethodSettings = Field(default_factory=MethodSettings)
     drafting: DraftingSettings = Field(default_factory=DraftingSettings)
     limits: LimitSettings = Field(default_factory=LimitSettings)
+    logging: LoggingSettings = Field(default_factory=LoggingSettings)
+    tracing: TracingSettings = Field(default_factory=TracingSettings)
     server: ServerSettings = Field(default_factory=ServerSettings)
 
     @classmethod

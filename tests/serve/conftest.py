@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import json
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,8 +12,10 @@ from typing import Any
 import pytest
 
 from fake_engine import FakeEngine
-from running import Running, settings
+from running import Running, settings, wait_for
 from tiny_models import build_tiny
+from tokenloom.config import LoggingSettings
+from tokenloom.logs import set_up_logging
 from tokenloom.serve.jobs import open_jobs
 
 
@@ -61,3 +66,42 @@ def real(tiny_folder: Path) -> Iterator[Running]:
     running = Running(AsyncEngine(Engine(chosen)))
     yield running
     running.stop()
+
+
+class Log:
+    """The lines of this process since the fixture began."""
+
+    def __init__(self, stream: io.StringIO) -> None:
+        self.stream = stream
+
+    @property
+    def text(self) -> str:
+        return self.stream.getvalue()
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.text.splitlines()]
+
+    def request(self, count: int = 1) -> dict[str, Any]:
+        """The line of the last of `count` requests, once they are over."""
+        wait_for(lambda: len([x for x in self.lines if x["message"] == "request"]) >= count)
+        return [x for x in self.lines if x["message"] == "request"][-1]
+
+
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Log]]:
+    """Set the logging up as `tokenloom serve` does, with the stream in the place of standard error."""
+    root, own = logging.getLogger(), logging.getLogger("tokenloom")
+    handlers, levels = list(root.handlers), (root.level, own.level)
+
+    def start(**settings: Any) -> Log:
+        stream = io.StringIO()
+        monkeypatch.setattr("sys.stderr", stream)
+        set_up_logging(LoggingSettings(**{"format": "json", **settings}))
+        return Log(stream)
+
+    yield start
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    own.setLevel(levels[1])
+    logging.captureWarnings(False)

@@ -25,9 +25,9 @@ def settings(**flags: Any) -> Settings:
 class Running:
     """Serves `engine` on a free port of 127.0.0.1 until `stop`."""
 
-    def __init__(self, engine: Any, routers: Any = (), jobs: Jobs | None = None) -> None:
+    def __init__(self, engine: Any, routers: Any = (), jobs: Jobs | None = None, tracing: Any = None) -> None:
         self.engine = engine
-        self.app = create_app(engine, engine.settings, routers, jobs)
+        self.app = create_app(engine, engine.settings, routers, jobs, tracing)
         listener = socket.socket()
         listener.bind(("127.0.0.1", 0))
         self.port = listener.getsockname()[1]

@@ -21,6 +21,7 @@ from tokenloom.engine.request import Request
 from tokenloom.engine.sampling_params import SamplingParams
 from tokenloom.engine.stats import EngineStats, TrainingCounter
 from tokenloom.errors import EngineBusyError, EngineStoppedError, RequestError
+from tokenloom.logs import fields
 
 logger = logging.getLogger("tokenloom.engine")
 
@@ -85,6 +86,8 @@ class AsyncEngine:
         self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
         self._trained = TrainingCounter(engine.counters, engine.coserver)
+        self.observe: Callable[[Request], None] = lambda request: None
+        """Called with each request that is taken, in its caller's context; it may keep it and watch it."""
         engine.coserver.arrivals = lambda: bool(self._inbox)
 
     # -- life -------------------------------------------------------------------------------------------
@@ -111,6 +114,8 @@ class AsyncEngine:
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new requests, let running ones finish, and abort what is left after `timeout_s`."""
+        if not self._draining:
+            logger.info("draining", extra=fields(requests=len(self._streams), timeout_s=timeout_s))
         self._draining = True
         deadline = asyncio.get_running_loop().time() + timeout_s
         while self._streams and self.alive and asyncio.get_running_loop().time() < deadline:
@@ -193,6 +198,7 @@ class AsyncEngine:
             raise RequestError(f"request id {request.request_id!r} is in use", param="request_id")
         stream = Stream(request.request_id, self._abort)
         self._streams[request.request_id] = stream
+        self.observe(request)
         with self._wake:
             self._num_queued += 1
         self._send(partial(self._take, request))
@@ -229,6 +235,7 @@ class AsyncEngine:
         return None
 
     def _run(self) -> None:
+        logger.info("the engine loop runs", extra=fields(model=self.model_name))
         try:
             while not self._stopping:
                 outputs = self._obey()
@@ -248,6 +255,7 @@ class AsyncEngine:
             self._obey()
             ended = [self.engine.fail(i, "abort", "the engine stopped") for i in list(self.engine.requests)]
             self._deliver([output for output in ended if output is not None])
+            logger.info("the engine loop ended", extra=fields(aborted=len(ended)))
 
     def _obey(self) -> list[StepOutput]:
         outputs = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from bisect import insort
 from collections import Counter
@@ -13,6 +14,9 @@ from tokenloom.config import SchedulerSettings
 from tokenloom.engine.draft import Draft
 from tokenloom.engine.mlfq import Mlfq
 from tokenloom.engine.request import Request, Sequence
+from tokenloom.logs import fields
+
+logger = logging.getLogger("tokenloom.engine")
 
 
 @dataclass(slots=True)
@@ -178,6 +182,7 @@ class Scheduler:
         victim.restart_kv()
         self.num_preemptions += 1
         self.add(victim)
+        logger.debug("preempted", extra=fields(request=victim.request.request_id, tokens=len(victim.tokens)))
 
     def _admit(self, plan: Plan) -> None:
         while self.waiting and plan.num_rows < self.settings.max_batch_tokens:

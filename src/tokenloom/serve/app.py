@@ -25,7 +25,10 @@ from tokenloom.serve.errors import install_error_handlers
 from tokenloom.serve.jobs import Jobs, open_jobs
 from tokenloom.serve.metrics import Metrics, metrics_router
 from tokenloom.serve.models import Models
+from tokenloom.serve.request_log import RequestLog
+from tokenloom.serve.request_record import note_model, note_run
 from tokenloom.serve.security import LOOPBACK, BodyLimit, ConcurrencyLimit, HostCheck, KeyCheck
+from tokenloom.serve.tracing import Tracing, open_tracing
 from tokenloom.version import __version__
 
 
@@ -34,6 +37,7 @@ def create_app(
     settings: Settings,
     routers: Sequence[APIRouter] = (),
     jobs: Jobs | None = None,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """The ASGI application. Its lifespan starts and stops the engine, the jobs and the adapters' folder.
 
@@ -41,11 +45,18 @@ def create_app(
         routers: more routes, behind the same checks and error handlers; the ones that read JSON should be
             built with `route_class=JSONRoute`.
         jobs: files and fine-tuning jobs (`open_jobs`); None leaves their routes out.
+        tracing: of requests (`open_tracing`); None: no traces.
     """
     metrics = Metrics(engine)
     loader = AdapterLoader(engine, settings)
     folder = AdapterFolder(loader) if settings.adapters.watch else None
-    models = Models(engine, loader, jobs.service if jobs else None, metrics.count_request)
+    engine.observe = note_run
+
+    def named(model: str) -> None:
+        metrics.count_request(model)
+        note_model(model)
+
+    models = Models(engine, loader, jobs.service if jobs else None, named)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -87,11 +98,13 @@ def create_app(
         *routers,
     ):
         app.include_router(router)
-    _add_checks(app, settings, metrics)
+    log = RequestLog(settings.logging, engine.tokenizer)
+    _add_checks(app, settings)
+    app.add_middleware(RequestContext, count=metrics.count_answer, done=log, tracing=tracing)
     return app
 
 
-def _add_checks(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
+def _add_checks(app: FastAPI, settings: Settings) -> None:
     """From the inside out: the one added last sees a request first."""
     app.add_middleware(BodyLimit, settings=settings)
     app.add_middleware(ConcurrencyLimit, settings=settings)
@@ -107,7 +120,6 @@ def _add_checks(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
         )
     if settings.server.host in LOOPBACK:
         app.add_middleware(HostCheck, settings=settings)
-    app.add_middleware(RequestContext, count=metrics.count_answer)
 
 
 class _Server(uvicorn.Server):
@@ -171,10 +183,12 @@ def run_server(
         ) from error
     host = f"[{server.host}]" if family == socket.AF_INET6 else server.host
     url = f"http://{host}:{listener.getsockname()[1]}"
-    jobs = open_jobs(engine, settings)
+    tracing = open_tracing(settings.tracing)
+    jobs = open_jobs(engine, settings, tracing)
     config = uvicorn.Config(
-        create_app(engine, settings, jobs=jobs),
+        create_app(engine, settings, jobs=jobs, tracing=tracing),
         log_level="warning",
+        log_config=None,  # its lines go where ours go
         access_log=False,
         ws="none",
         # The engine has drained by then; what remains are idle connections and slow readers.
@@ -197,3 +211,5 @@ def run_server(
         jobs.stop()
         engine.shutdown()
         jobs.close()
+        if tracing is not None:
+            tracing.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import struct
-import uuid
 
 from fastapi import APIRouter, Request, Response
 
@@ -33,6 +32,7 @@ from tokenloom.serve.protocol import (
     TokenizeResponse,
     Version,
 )
+from tokenloom.serve.request_record import engine_id
 from tokenloom.version import __version__
 
 
@@ -95,7 +95,7 @@ async def _embed_all(
 ) -> list[list[float]]:
     """All vectors, or the first failure: then the rest is aborted, as it is when this is cancelled."""
     tasks = [
-        asyncio.ensure_future(engine.embed(prompt, request_id=uuid.uuid4().hex, adapter=adapter))
+        asyncio.ensure_future(engine.embed(prompt, request_id=engine_id(), adapter=adapter))
         for prompt in prompts
     ]
     try:

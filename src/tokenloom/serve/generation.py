@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import uuid
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from typing import Any, TypeVar
 
@@ -20,6 +19,7 @@ from tokenloom.errors import EngineStoppedError, RequestError
 from tokenloom.methods.defaults import methods_of
 from tokenloom.serve.errors import GenerationError
 from tokenloom.serve.protocol import CachedTokens, CompletionDetails, SamplingFields, Usage
+from tokenloom.serve.request_record import engine_id
 
 T = TypeVar("T")
 Outputs = AsyncIterator[tuple[int, StepOutput]]
@@ -133,7 +133,7 @@ class Generation:
                 stream = engine.generate(
                     prompt,
                     params,
-                    request_id=uuid.uuid4().hex,
+                    request_id=engine_id(),
                     priority=body.priority or 0,
                     cache_salt=body.cache_salt,
                     adapter=adapter,

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tokenloom.config import Settings
 from tokenloom.serve.errors import ApiError
+from tokenloom.serve.request_record import note_error
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 OPEN_PATHS = ("/health", "/ready")
@@ -159,6 +160,7 @@ async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) ->
     """Answer without asking the application."""
     if scope["type"] == "websocket":
         return await send({"type": "websocket.close", "code": 1008})
+    note_error(error.code)
     await error.response()(scope, receive, send)
 
 
