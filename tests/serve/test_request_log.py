@@ -60,7 +60,7 @@ def test_content_is_logged_where_it_is_asked_for_and_said_so(serve, logged):
 
 
 def test_every_line_of_a_request_has_its_id(serve, logged):
-    server, log = serve(), logged()
+    server, log = serve(server__drain_timeout_s=0), logged()
     server.engine.break_at = 0
     body = {**CHAT, "stream": False}
     answer = server.http.post("/v1/chat/completions", json=body, headers={"x-request-id": "mine-2"})
