@@ -14,6 +14,7 @@ from tokenloom.cache.block_pool import BlockPool
 from tokenloom.config import Settings
 from tokenloom.engine.adapters import AdapterRegistry, LoadedAdapter
 from tokenloom.engine.outputs import Delta, StepOutput, TokenLogprob
+from tokenloom.engine.overview import BlocksOverview, Overview
 from tokenloom.engine.request import Request, Sequence
 from tokenloom.engine.sampling_params import SamplingParams
 from tokenloom.engine.stats import EngineStats, RequestTiming
@@ -60,6 +61,7 @@ class FakeEngine:
         self.running = 0
         self.abort_all = False
         self.observe: Callable[[Request], None] = lambda request: None
+        self.seen = Overview([], 0, BlocksOverview(16, "rrffffff"), [], False, [])
         self.counters = EngineStats(kv_blocks_total=8, kv_blocks_used=2, iterations=5, batch_tokens=50)
 
     @property
@@ -82,6 +84,9 @@ class FakeEngine:
 
     def stats(self) -> EngineStats:
         return self.counters
+
+    def overview(self) -> Overview:
+        return self.seen
 
     def generate(
         self,

@@ -152,12 +152,16 @@ def test_metrics_follow_the_engine(serve):
 def test_finished_requests_feed_the_histograms_once(serve):
     server = serve()
     server.engine.counters.finished.extend([timing(), timing()])
+    for _ in range(2):
+        server.engine.counters.ttft.add(0.2, 0.0)
+        server.engine.counters.itl.add(0.06, 0.0)
     model = ("model_name", "fake")
     for _ in range(2):
         scraped = samples(server)
         assert scraped["tokenloom:request_success_total", ("finished_reason", "stop"), model] == 2
         for name, total in {
             "time_to_first_token": 0.4,
+            "inter_token_latency": 0.12,
             "time_per_output_token": 0.1,
             "e2e_request_latency": 2.0,
             "request_queue_time": 0.02,

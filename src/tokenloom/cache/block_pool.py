@@ -49,6 +49,14 @@ class BlockPool:
     def refs(self, block: int) -> int:
         return self._refs[block]
 
+    def in_use(self) -> list[bool]:
+        """Of each block, whether somebody holds it. From any thread, as `cached`."""
+        return [refs > 0 for refs in list(self._refs)]
+
+    def cached(self) -> list[int]:
+        """Blocks that nobody holds and whose content may be reused, the oldest first."""
+        return list(self._cached)
+
     def allocate(self, after: int | None = None, room: int = 1) -> int:
         """Take a block, with one reference.
 

@@ -17,6 +17,7 @@ from tokenloom.engine.adapters import LoadedAdapter
 from tokenloom.engine.draft import DraftMethod
 from tokenloom.engine.engine import Engine
 from tokenloom.engine.outputs import StepOutput
+from tokenloom.engine.overview import Overview, overview
 from tokenloom.engine.request import Request
 from tokenloom.engine.sampling_params import SamplingParams
 from tokenloom.engine.stats import EngineStats, TrainingCounter
@@ -213,9 +214,14 @@ class AsyncEngine:
         stats.training_jobs = len(coserver.trainings)
         stats.training_restarts = coserver.num_restarts
         held = {block for s in list(self.engine.scheduler.running) for block in s.blocks}
+        stats.rows = coserver.composition.total
         # The loop goes on meanwhile, so the difference may be off for a moment.
         stats.kv_blocks_training = max(0, stats.kv_blocks_used - len(held)) if stats.training_jobs else 0
         return stats
+
+    def overview(self) -> Overview:
+        """Requests, blocks and training as they are now."""
+        return overview(self.engine)
 
     # -- between the threads ----------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from tokenloom.batch import BatchBuilder
 from tokenloom.cache.block_pool import BlockPool, OutOfBlocks
 from tokenloom.cache.kv_cache import KVCache
 from tokenloom.config import Settings
+from tokenloom.engine.composition import Composition
 from tokenloom.engine.drafting import features_of
 from tokenloom.engine.latency_model import Features, LatencyModel, bisect_rows
 from tokenloom.engine.scheduler import Plan, Scheduler
@@ -35,6 +36,9 @@ class Iteration:
 
     at_s: float
     inference_rows: int = 0
+    prefill_rows: int = 0
+    drafted_rows: int = 0
+    """Guesses; the other inference rows are decodes."""
     train_rows: int = 0
     piece_rows: int = 0
     """Rows times layers of backward work, and rows of the loss."""
@@ -68,6 +72,7 @@ class Coserver:
         """Whether something came in since the iteration was planned; idle training stops for it."""
         self.trainings: list[Training] = []
         self.iterations: deque[Iteration] = deque(maxlen=65536)
+        self.composition = Composition()
         self.num_restarts = 0
         self._current: Training | None = None
         self._record = Iteration(0.0)
@@ -169,6 +174,10 @@ class Coserver:
         self._record = Iteration(time.monotonic(), inference_rows=plan.num_rows)
         self._features = features_of(plan)
         drafted = sum(len(draft.tree) for draft in plan.drafts.values())
+        self._record.drafted_rows = plan.num_rows - sum(plan.rows.values())
+        self._record.prefill_rows = sum(
+            rows for sequence, rows in plan.rows.items() if rows > 1 or not sequence.num_output
+        )
         self._prefill_rows = plan.num_rows - drafted - sum(rows == 1 for rows in plan.rows.values())
         self._prompts_done = sum(
             sequence.request.first_token_s is None and sequence.num_computed + rows == len(sequence.tokens)
@@ -205,7 +214,7 @@ class Coserver:
             self._record.planned_ms += self.latency.planned(self._features)
             self.latency.observe(self._features, measured_ms)
         self._record.measured_ms += measured_ms
-        self.iterations.append(self._record)
+        self._record_done()
         if self._prefill_rows:
             share = self._record.inference_rows / (self._record.inference_rows + rows)
             self._prompts.add(self._prompts_done, share * measured_ms)
@@ -213,7 +222,11 @@ class Coserver:
     def no_batch(self) -> None:
         """The iteration had no batch, only pieces."""
         if self._record.piece_rows:
-            self.iterations.append(self._record)
+            self._record_done()
+
+    def _record_done(self) -> None:
+        self.iterations.append(self._record)
+        self.composition.add(self._record)
 
     # -- co-serving -------------------------------------------------------------------------------------
 

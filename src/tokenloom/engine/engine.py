@@ -319,10 +319,13 @@ class Engine:
                 outputs[request.request_id] = output
                 if request.first_token_s is None:
                     request.first_token_s = now
+                    self.counters.ttft.add(now - request.arrival_s, now)
                     output.prompt_logprobs = request.prompt_logprobs
                 if request.draft is not None:
                     output.drafts = request.drafts
             output.deltas.append(delta)
+            if sequence.num_output > len(delta.token_ids):
+                self.counters.itl.add(now - sequence.last_token_s, now)
             sequence.last_token_s = now
             if sequence.finish_reason is not None:
                 self.drafting.close(sequence)

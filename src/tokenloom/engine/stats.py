@@ -6,6 +6,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from tokenloom.engine.composition import Rows
+from tokenloom.engine.latencies import Latencies
 from tokenloom.engine.outputs import DraftCounts, FinishReason
 
 if TYPE_CHECKING:
@@ -84,6 +86,12 @@ class EngineStats:
     iterations: int = 0
     batch_tokens: int = 0
     """Rows of all iterations together."""
+    rows: Rows = field(default_factory=Rows)
+    """Of all iterations, by kind."""
+    ttft: Latencies = field(default_factory=Latencies)
+    """Arrival to first token, queueing included."""
+    itl: Latencies = field(default_factory=Latencies)
+    """From one event of a stream to the next; a draft that is right brings several tokens in one."""
     training_jobs: int = 0
     """Jobs that train now."""
     training_rows: int = 0

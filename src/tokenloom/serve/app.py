@@ -23,6 +23,7 @@ from tokenloom.serve.completions import completions_router
 from tokenloom.serve.context import RequestContext
 from tokenloom.serve.errors import install_error_handlers
 from tokenloom.serve.jobs import Jobs, open_jobs
+from tokenloom.serve.live import live_router
 from tokenloom.serve.metrics import Metrics, metrics_router
 from tokenloom.serve.models import Models
 from tokenloom.serve.request_log import RequestLog
@@ -94,6 +95,7 @@ def create_app(
         tokens_router(engine, models),
         health_router(engine),
         metrics_router(metrics),
+        live_router(engine, settings),
         *(jobs.routers() if jobs else ()),
         *routers,
     ):

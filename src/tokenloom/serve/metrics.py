@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import accumulate
 
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+    SummaryMetricFamily,
+)
 from prometheus_client.registry import Collector
 
 from tokenloom.engine.async_engine import AsyncEngine
+from tokenloom.engine.latencies import BUCKETS_S, Latencies
 from tokenloom.serve.errors import ERROR_RESPONSES
-
-_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
 class Metrics:
@@ -40,7 +46,6 @@ class Metrics:
             ("model_name",),
             registry=self.registry,
         )
-        self._ttft = self._seconds("time_to_first_token", "Arrival to first token.")
         self._tpot = self._seconds("time_per_output_token", "Mean time per token after the first.")
         self._e2e = self._seconds("e2e_request_latency", "Arrival to last token.")
         self._queue = self._seconds("request_queue_time", "Arrival to first scheduling.")
@@ -49,7 +54,7 @@ class Metrics:
 
     def _seconds(self, name: str, text: str) -> Histogram:
         histogram = Histogram(
-            f"tokenloom:{name}_seconds", text, ("model_name",), registry=self.registry, buckets=_BUCKETS_S
+            f"tokenloom:{name}_seconds", text, ("model_name",), registry=self.registry, buckets=BUCKETS_S
         )
         return histogram.labels(self.engine.model_name)
 
@@ -66,7 +71,6 @@ class Metrics:
         for timing in self.engine.stats().pop_finished():
             self._finished.labels(self.engine.model_name, timing.finish_reason).inc()
             for histogram, value in (
-                (self._ttft, timing.ttft_s),
                 (self._tpot, timing.tpot_s),
                 (self._e2e, timing.e2e_s),
                 (self._queue, timing.queued_s),
@@ -136,12 +140,28 @@ class _EngineCollector(Collector):
         rows = SummaryMetricFamily("tokenloom:iteration_tokens", "Rows per iteration.", labels=["model_name"])
         rows.add_metric(model, count_value=stats.iterations, sum_value=stats.batch_tokens)
         yield rows
+        kinds = CounterMetricFamily(
+            "tokenloom:iteration_rows", "Rows of all iterations by kind.", labels=["model_name", "kind"]
+        )
+        for kind in ("prefill", "decode", "drafted", "training"):
+            kinds.add_metric([*model, kind], getattr(stats.rows, kind))
+        yield kinds
+        yield _histogram("time_to_first_token", "Arrival to first token.", stats.ttft, model)
+        yield _histogram("inter_token_latency", "From one event of a stream to the next.", stats.itl, model)
         info = GaugeMetricFamily(
             "tokenloom:adapter_info", "1 for each adapter in memory.", labels=["model_name", "version"]
         )
         for adapter in adapters:
             info.add_metric([adapter.name, str(adapter.version)], 1)
         yield info
+
+
+def _histogram(name: str, text: str, latencies: Latencies, model: list[str]) -> HistogramMetricFamily:
+    family = HistogramMetricFamily(f"tokenloom:{name}_seconds", text, labels=["model_name"])
+    bounds = [*(str(float(bound)) for bound in BUCKETS_S), "+Inf"]
+    cumulative = [float(count) for count in accumulate(latencies.counts)]
+    family.add_metric(model, list(zip(bounds, cumulative, strict=True)), latencies.total_s)
+    return family
 
 
 def metrics_router(metrics: Metrics) -> APIRouter:

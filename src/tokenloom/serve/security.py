@@ -16,7 +16,7 @@ from tokenloom.serve.request_record import note_error
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 OPEN_PATHS = ("/health", "/ready")
-UNCOUNTED_PATHS = (*OPEN_PATHS, "/metrics")
+UNCOUNTED_PATHS = (*OPEN_PATHS, "/metrics", "/live")  # the last has a limit of its own
 UPLOADS = ("POST", "/v1/files")
 """Has a limit of its own, `jobs.max_file_bytes`, while it reads."""
 
