@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 import socket
 import threading
@@ -23,10 +24,14 @@ from tokenloom.serve.completions import completions_router
 from tokenloom.serve.context import RequestContext
 from tokenloom.serve.errors import install_error_handlers
 from tokenloom.serve.jobs import Jobs, open_jobs
+from tokenloom.serve.key_limits import RATE_HEADERS, KeyLimits, Meters
+from tokenloom.serve.key_ring import KeyRing, open_key_store
 from tokenloom.serve.metrics import Metrics, metrics_router
 from tokenloom.serve.models import Models
 from tokenloom.serve.security import LOOPBACK, BodyLimit, ConcurrencyLimit, HostCheck, KeyCheck
 from tokenloom.version import __version__
+
+logger = logging.getLogger("tokenloom.serve")
 
 
 def create_app(
@@ -34,6 +39,7 @@ def create_app(
     settings: Settings,
     routers: Sequence[APIRouter] = (),
     jobs: Jobs | None = None,
+    keys: KeyRing | None = None,
 ) -> FastAPI:
     """The ASGI application. Its lifespan starts and stops the engine, the jobs and the adapters' folder.
 
@@ -41,6 +47,7 @@ def create_app(
         routers: more routes, behind the same checks and error handlers; the ones that read JSON should be
             built with `route_class=JSONRoute`.
         jobs: files and fine-tuning jobs (`open_jobs`); None leaves their routes out.
+        keys: who may use it; None takes the keys of the settings alone.
     """
     metrics = Metrics(engine)
     loader = AdapterLoader(engine, settings)
@@ -87,23 +94,25 @@ def create_app(
         *routers,
     ):
         app.include_router(router)
-    _add_checks(app, settings, metrics)
+    _add_checks(app, settings, metrics, keys or KeyRing(settings))
     return app
 
 
-def _add_checks(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
+def _add_checks(app: FastAPI, settings: Settings, metrics: Metrics, keys: KeyRing) -> None:
     """From the inside out: the one added last sees a request first."""
+    meters = Meters()
+    metrics.registry.register(meters)
     app.add_middleware(BodyLimit, settings=settings)
     app.add_middleware(ConcurrencyLimit, settings=settings)
-    if settings.server.api_keys:
-        app.add_middleware(KeyCheck, settings=settings)
+    app.add_middleware(KeyLimits, meters=meters)
+    app.add_middleware(KeyCheck, keys=keys)
     if settings.server.cors_origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.server.cors_origins,
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["authorization", "content-type", "idempotency-key", "x-request-id"],
-            expose_headers=["x-request-id", "retry-after"],
+            expose_headers=["x-request-id", "retry-after", *RATE_HEADERS],
         )
     if settings.server.host in LOOPBACK:
         app.add_middleware(HostCheck, settings=settings)
@@ -172,8 +181,16 @@ def run_server(
     host = f"[{server.host}]" if family == socket.AF_INET6 else server.host
     url = f"http://{host}:{listener.getsockname()[1]}"
     jobs = open_jobs(engine, settings)
+    try:
+        keys = KeyRing(settings, open_key_store(settings))
+    except ConfigError:
+        jobs.close()
+        listener.close()
+        raise
+    if server.host not in LOOPBACK and not keys.asks:
+        logger.warning("everybody who reaches %s may use this server: it has no API keys", url)
     config = uvicorn.Config(
-        create_app(engine, settings, jobs=jobs),
+        create_app(engine, settings, jobs=jobs, keys=keys),
         log_level="warning",
         access_log=False,
         ws="none",
@@ -197,3 +214,4 @@ def run_server(
         jobs.stop()
         engine.shutdown()
         jobs.close()
+        keys.close()
