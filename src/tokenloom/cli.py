@@ -38,6 +38,7 @@ from tokenloom.cli_options import (
     read_settings,
 )
 from tokenloom.errors import TokenloomError
+from tokenloom.keys_cli import keys_app
 from tokenloom.train_cli import train_app
 from tokenloom.version import __version__
 
@@ -50,6 +51,7 @@ app.add_typer(models_app, name="models")
 app.add_typer(bench_app, name="bench")
 app.add_typer(calibrate_app, name="calibrate")
 app.add_typer(train_app, name="train")
+app.add_typer(keys_app, name="keys")
 
 
 def main() -> None:

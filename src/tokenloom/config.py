@@ -35,6 +35,10 @@ class ConfigError(TokenloomError):
     """A setting is unknown, of the wrong type or out of range."""
 
 
+_SECRETS = ("server.api_keys", "server.admin_keys", "jobs.database_url")
+"""Settings that error messages do not repeat."""
+
+
 class _Branch(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
@@ -211,6 +215,14 @@ class LimitSettings(_Branch):
     max_tokens: int = Field(0, ge=0, description="Cap on generated tokens per choice; 0: the context.")
     max_prompts: int = Field(256, ge=1, description="Prompts in one completions or embeddings request.")
     max_concurrent: int = Field(256, ge=1, description="HTTP requests at work at the same time.")
+    max_total_tokens: int = Field(
+        2**20, ge=1, description="Tokens that one request may come to: prompts, and n answers to each."
+    )
+    key_rpm: int = Field(0, ge=0, description="Requests per minute of a user's key; 0: no limit.")
+    key_tpm: int = Field(0, ge=0, description="Tokens per minute of a user's key; 0: no limit.")
+    key_max_concurrent: int = Field(
+        0, ge=0, description="Requests of a user's key at work at the same time; 0: no limit."
+    )
 
 
 class LoggingSettings(_Branch):
@@ -242,6 +254,11 @@ class ServerSettings(_Branch):
     admin_keys: list[Annotated[SecretStr, Field(min_length=1)]] = Field(
         default_factory=list,
         description="For loading adapters, and for all else; empty: api_keys are enough for that.",
+    )
+    cache_per_key: bool = Field(
+        True,
+        description="Cached prefixes are shared within one key only; else a client could find out by "
+        "usage.cached_tokens how other keys' prompts begin.",
     )
     served_model_name: str = Field("", description="Name in /v1/models; empty: the model's own.")
     cors_origins: list[str] = Field(default_factory=list, description="Empty: no cross-origin access.")
@@ -330,6 +347,9 @@ def load_settings(flags: dict[str, Any] | None = None, config_file: Path | None 
         if error.title not in ("Settings",):
             where = f"{error.title.removesuffix('Settings').lower()}.{where}"
         source = f" (from {config_file} or the environment)" if config_file else ""
+        if where.startswith(_SECRETS):
+            # Neither in the message nor in a traceback below it.
+            raise ConfigError(f"setting {where}: {first['msg']}{source}") from None
         raise ConfigError(f"setting {where}: {first['msg']}, got {first['input']!r}{source}") from error
 
 

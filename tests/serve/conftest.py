@@ -17,6 +17,8 @@ from tiny_models import build_tiny
 from tokenloom.config import LoggingSettings
 from tokenloom.logs import set_up_logging
 from tokenloom.serve.jobs import open_jobs
+from tokenloom.serve.key_ring import KeyRing
+from tokenloom.serve.key_store import KeyStore
 
 
 @pytest.fixture(scope="session")
@@ -30,14 +32,21 @@ def shared() -> Iterator[Running]:
 @pytest.fixture
 def serve() -> Iterator[Callable[..., Running]]:
     """Start a server over a fresh fake engine: `serve(step_s=0.1, limits__max_n=2)`. With `jobs` it has the
-    routes of files and jobs, too (and must be told not to train)."""
+    routes of files and jobs, too (and must be told not to train); with `store` the keys in it."""
     started: list[Running] = []
 
     def start(
-        *, step_s: float = 0.0, routers: Any = (), engine: Any = None, jobs: bool = False, **flags: Any
+        *,
+        step_s: float = 0.0,
+        routers: Any = (),
+        engine: Any = None,
+        jobs: bool = False,
+        store: KeyStore | None = None,
+        **flags: Any,
     ) -> Running:
         engine = engine or FakeEngine(settings(**flags), step_s=step_s)
-        started.append(Running(engine, routers, open_jobs(engine, engine.settings) if jobs else None))
+        keys = KeyRing(engine.settings, store)
+        started.append(Running(engine, routers, open_jobs(engine, engine.settings) if jobs else None, keys))
         return started[-1]
 
     yield start

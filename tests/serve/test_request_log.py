@@ -79,6 +79,13 @@ def test_a_refusal_is_logged_with_its_code(serve, logged):
     assert "prompt_tokens" not in line
 
 
+def test_a_request_is_logged_with_the_id_of_its_key_and_never_the_key(serve, logged):
+    server, log = serve(server__api_keys=["k-open-sesame"]), logged()
+    server.http.get("/v1/models", headers={"authorization": "Bearer k-open-sesame"})
+    assert log.request()["key"] == "api-1"
+    assert "open-sesame" not in log.text
+
+
 def test_a_client_that_goes_away_is_logged_as_such(serve, logged):
     server, log = serve(step_s=5), logged()
     with pytest.raises(httpx.ReadTimeout):

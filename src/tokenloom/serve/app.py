@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 import socket
 import threading
@@ -23,6 +24,8 @@ from tokenloom.serve.completions import completions_router
 from tokenloom.serve.context import RequestContext
 from tokenloom.serve.errors import install_error_handlers
 from tokenloom.serve.jobs import Jobs, open_jobs
+from tokenloom.serve.key_limits import RATE_HEADERS, KeyLimits, Meters
+from tokenloom.serve.key_ring import KeyRing, open_key_store
 from tokenloom.serve.live import live_router
 from tokenloom.serve.metrics import Metrics, metrics_router
 from tokenloom.serve.models import Models
@@ -32,6 +35,8 @@ from tokenloom.serve.security import LOOPBACK, BodyLimit, ConcurrencyLimit, Host
 from tokenloom.serve.tracing import Tracing, open_tracing
 from tokenloom.version import __version__
 
+logger = logging.getLogger("tokenloom.serve")
+
 
 def create_app(
     engine: AsyncEngine,
@@ -39,6 +44,7 @@ def create_app(
     routers: Sequence[APIRouter] = (),
     jobs: Jobs | None = None,
     tracing: Tracing | None = None,
+    keys: KeyRing | None = None,
 ) -> FastAPI:
     """The ASGI application. Its lifespan starts and stops the engine, the jobs and the adapters' folder.
 
@@ -47,6 +53,7 @@ def create_app(
             built with `route_class=JSONRoute`.
         jobs: files and fine-tuning jobs (`open_jobs`); None leaves their routes out.
         tracing: of requests (`open_tracing`); None: no traces.
+        keys: who may use it; None takes the keys of the settings alone.
     """
     metrics = Metrics(engine)
     loader = AdapterLoader(engine, settings)
@@ -100,25 +107,27 @@ def create_app(
         *routers,
     ):
         app.include_router(router)
+    _add_checks(app, settings, metrics, keys or KeyRing(settings))
     log = RequestLog(settings.logging, engine.tokenizer)
-    _add_checks(app, settings)
     app.add_middleware(RequestContext, count=metrics.count_answer, done=log, tracing=tracing)
     return app
 
 
-def _add_checks(app: FastAPI, settings: Settings) -> None:
+def _add_checks(app: FastAPI, settings: Settings, metrics: Metrics, keys: KeyRing) -> None:
     """From the inside out: the one added last sees a request first."""
+    meters = Meters()
+    metrics.registry.register(meters)
     app.add_middleware(BodyLimit, settings=settings)
     app.add_middleware(ConcurrencyLimit, settings=settings)
-    if settings.server.api_keys:
-        app.add_middleware(KeyCheck, settings=settings)
+    app.add_middleware(KeyLimits, meters=meters)
+    app.add_middleware(KeyCheck, keys=keys)
     if settings.server.cors_origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.server.cors_origins,
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["authorization", "content-type", "idempotency-key", "x-request-id"],
-            expose_headers=["x-request-id", "retry-after"],
+            expose_headers=["x-request-id", "retry-after", *RATE_HEADERS],
         )
     if settings.server.host in LOOPBACK:
         app.add_middleware(HostCheck, settings=settings)
@@ -187,8 +196,16 @@ def run_server(
     url = f"http://{host}:{listener.getsockname()[1]}"
     tracing = open_tracing(settings.tracing)
     jobs = open_jobs(engine, settings, tracing)
+    try:
+        keys = KeyRing(settings, open_key_store(settings))
+    except ConfigError:
+        jobs.close()
+        listener.close()
+        raise
+    if server.host not in LOOPBACK and not keys.asks:
+        logger.warning("everybody who reaches %s may use this server: it has no API keys", url)
     config = uvicorn.Config(
-        create_app(engine, settings, jobs=jobs, tracing=tracing),
+        create_app(engine, settings, jobs=jobs, tracing=tracing, keys=keys),
         log_level="warning",
         log_config=None,  # its lines go where ours go
         access_log=False,
@@ -213,5 +230,6 @@ def run_server(
         jobs.stop()
         engine.shutdown()
         jobs.close()
+        keys.close()
         if tracing is not None:
             tracing.close()

@@ -15,8 +15,9 @@ from tokenloom.serve.chat import render
 from tokenloom.serve.chat_protocol import TokenizeRequest
 from tokenloom.serve.completions import token_prompts
 from tokenloom.serve.errors import DRAIN_RETRY_AFTER_S, ERROR_RESPONSES, ApiError, ModelNotFoundError
-from tokenloom.serve.generation import encode, prompt_is, until_disconnect
+from tokenloom.serve.generation import check_total_tokens, encode, prompt_is, until_disconnect
 from tokenloom.serve.json_body import JSONRoute, write_json
+from tokenloom.serve.key_limits import current_meter
 from tokenloom.serve.models import Models
 from tokenloom.serve.protocol import (
     DetokenizeRequest,
@@ -72,6 +73,10 @@ def embeddings_router(engine: AsyncEngine, models: Models) -> APIRouter:
         adapter = await models.resolve(body.model)
         prompts = await token_prompts(engine, body.input, "input")
         with prompt_is("input"):
+            check_total_tokens(engine, prompts)
+            meter = current_meter()
+            if meter is not None:
+                meter.admit_prompts(sum(map(len, prompts)))
             vectors = await until_disconnect(request.receive, _embed_all(engine, prompts, adapter))
         total = sum(len(prompt) for prompt in prompts)
         encode_vector = _base64 if body.encoding_format == "base64" else list[float]

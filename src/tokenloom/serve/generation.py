@@ -18,6 +18,7 @@ from tokenloom.engine.sampling_params import SamplingParams
 from tokenloom.errors import EngineStoppedError, RequestError
 from tokenloom.methods.defaults import methods_of
 from tokenloom.serve.errors import GenerationError
+from tokenloom.serve.key_limits import current_meter, own_salt
 from tokenloom.serve.protocol import CachedTokens, CompletionDetails, SamplingFields, Usage
 from tokenloom.serve.request_record import engine_id
 
@@ -73,6 +74,26 @@ def _check_limit(name: str, value: int | None, limit: int) -> None:
         raise RequestError(f"{name}: is {value}; this server allows at most {limit}", param=name)
 
 
+def check_total_tokens(
+    engine: AsyncEngine, prompts: list[list[int]], params: SamplingParams | None = None
+) -> None:
+    """Raises RequestError if a request may come to more tokens than `limits.max_total_tokens`: each prompt
+    once, and every choice of an answer (none without `params`) as long as it may become."""
+    total = sum(map(len, prompts))
+    if params is not None:
+        for prompt in prompts:
+            room = max(0, engine.max_model_len - len(prompt))
+            total += params.n * (room if params.max_tokens is None else min(room, params.max_tokens))
+    most = engine.settings.limits.max_total_tokens
+    if total > most:
+        raise RequestError(
+            f"max_tokens: prompts and answers may come to {total} tokens; this server allows {most} in one "
+            "request. Ask for fewer or shorter answers, or send fewer prompts",
+            param="max_tokens" if params is not None else "prompt",
+            code="too_many_tokens",
+        )
+
+
 async def encode(engine: AsyncEngine, texts: list[str], *, special: bool = True) -> list[list[int]]:
     """Tokens of each text; much text is done off the event loop. Raises RequestError (param "prompt")."""
 
@@ -107,6 +128,7 @@ class Generation:
         self._streams: list[AsyncIterator[StepOutput]] = []
         self._pumps: list[asyncio.Task[None]] = []
         self._queue: asyncio.Queue[tuple[int, StepOutput | Exception | None]] = asyncio.Queue()
+        self._meter = current_meter()
 
     @classmethod
     async def start(
@@ -124,10 +146,15 @@ class Generation:
             compress_upto: tokens of each prompt that `body.kv` compresses before the others are computed.
 
         Raises:
-            RequestError, EngineBusyError, EngineStoppedError: as `AsyncEngine.generate`.
+            RequestError, EngineBusyError, EngineStoppedError: as `AsyncEngine.generate`; and RequestError if
+                prompts and answers may come to more tokens than `limits.max_total_tokens`.
+            ApiError: the key has no tokens left (429).
         """
         method, guesses = methods_of(engine.settings, body.kv, body.draft)
+        check_total_tokens(engine, prompts, params)
         generation = cls(prompts, params)
+        if generation._meter is not None:
+            generation._meter.admit_prompts(sum(map(len, prompts)))
         try:
             for prompt in prompts:
                 stream = engine.generate(
@@ -135,7 +162,7 @@ class Generation:
                     params,
                     request_id=engine_id(),
                     priority=body.priority or 0,
-                    cache_salt=body.cache_salt,
+                    cache_salt=own_salt(body.cache_salt),
                     adapter=adapter,
                     kv=method,
                     draft=guesses,
@@ -175,6 +202,8 @@ class Generation:
                 raise step
             else:
                 _check_step(step)
+                if self._meter is not None:
+                    self._meter.spend(sum(len(delta.token_ids) for delta in step.deltas))
                 collect(self.answers[number], step)
                 yield number, step
 
