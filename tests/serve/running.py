@@ -34,7 +34,7 @@ class Running:
         keys: KeyRing | None = None,
         tracing: Any = None,
     ) -> None:
-        self.engine = engine
+        self.engine, self.jobs = engine, jobs
         self.app = create_app(engine, engine.settings, routers, jobs, tracing, keys)
         listener = socket.socket()
         listener.bind(("127.0.0.1", 0))

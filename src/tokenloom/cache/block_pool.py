@@ -57,6 +57,17 @@ class BlockPool:
         """Blocks that nobody holds and whose content may be reused, the oldest first."""
         return list(self._cached)
 
+    def counts(self) -> dict[str, int]:
+        """Blocks by state: `free`, `cached`, `in_use`, of these `shared`; and `indexed` by their content."""
+        refs = list(self._refs)
+        return {
+            "free": len(self._free),
+            "cached": len(self._cached),
+            "in_use": sum(count > 0 for count in refs),
+            "shared": sum(count > 1 for count in refs),
+            "indexed": len(self._digest_of),
+        }
+
     def allocate(self, after: int | None = None, room: int = 1) -> int:
         """Take a block, with one reference.
 

@@ -20,6 +20,7 @@ from tokenloom.engine.outputs import StepOutput
 from tokenloom.engine.overview import Overview, overview
 from tokenloom.engine.request import Request
 from tokenloom.engine.sampling_params import SamplingParams
+from tokenloom.engine.state import EngineState, engine_state
 from tokenloom.engine.stats import EngineStats, TrainingCounter
 from tokenloom.errors import EngineBusyError, EngineStoppedError, RequestError
 from tokenloom.logs import fields
@@ -222,6 +223,14 @@ class AsyncEngine:
     def overview(self) -> Overview:
         """Requests, blocks and training as they are now."""
         return overview(self.engine)
+
+    def state(self, iterations: int) -> EngineState:
+        """Everything that the engine holds, with that many of the last iterations, to look for a fault."""
+        return engine_state(self, iterations)
+
+    def backlog(self) -> dict[str, int]:
+        """`inbox`: commands that the loop has not taken; `streams`: answers that somebody waits for."""
+        return {"inbox": len(self._inbox), "streams": len(self._streams)}
 
     # -- between the threads ----------------------------------------------------------------------------
 

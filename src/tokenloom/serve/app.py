@@ -22,6 +22,7 @@ from tokenloom.serve.basic import embeddings_router, health_router, models_route
 from tokenloom.serve.chat import chat_router
 from tokenloom.serve.completions import completions_router
 from tokenloom.serve.context import RequestContext
+from tokenloom.serve.debug import debug_router
 from tokenloom.serve.errors import install_error_handlers
 from tokenloom.serve.jobs import Jobs, open_jobs
 from tokenloom.serve.key_limits import RATE_HEADERS, KeyLimits, Meters
@@ -103,6 +104,7 @@ def create_app(
         health_router(engine),
         metrics_router(metrics),
         live_router(engine, settings),
+        debug_router(engine, settings, jobs.service if jobs else None),
         *(jobs.routers() if jobs else ()),
         *routers,
     ):
