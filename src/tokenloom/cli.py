@@ -295,6 +295,21 @@ def finetune(
     print(json.dumps({"adapter": str(folder)}) if json_ else f"The adapter is in {folder}. Try:\n{use}")
 
 
+@app.command()
+def top(
+    url: Annotated[str, typer.Option(help="Where the server listens.")] = "http://127.0.0.1:8000",
+    key: Annotated[
+        str, typer.Option(envvar="TOKENLOOM_API_KEY", help="An API key, if it asks for one.")
+    ] = "",
+    interval_s: Annotated[float, typer.Option(min=0.25, max=60, help="Seconds between frames.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Print one frame and exit.")] = False,
+) -> None:
+    """Watch a running server: iterations, latencies, KV pool, requests, jobs. Ctrl-C leaves."""
+    from tokenloom.top_cli import run_top
+
+    run_top(out, url, key, interval_s, once)
+
+
 @models_app.command("list")
 def list_models() -> None:
     """List the catalog, and which of it is on this machine."""

@@ -28,11 +28,13 @@ from tokenloom.serve.jobs import Jobs, open_jobs
 from tokenloom.serve.key_limits import RATE_HEADERS, KeyLimits, Meters
 from tokenloom.serve.key_ring import KeyRing, open_key_store
 from tokenloom.serve.live import live_router
+from tokenloom.serve.methods import methods_router
 from tokenloom.serve.metrics import Metrics, metrics_router
 from tokenloom.serve.models import Models
 from tokenloom.serve.request_log import RequestLog
 from tokenloom.serve.request_record import note_model, note_run
 from tokenloom.serve.security import LOOPBACK, BodyLimit, ConcurrencyLimit, HostCheck, KeyCheck
+from tokenloom.serve.static import static_router
 from tokenloom.serve.tracing import Tracing, open_tracing
 from tokenloom.version import __version__
 
@@ -105,6 +107,8 @@ def create_app(
         metrics_router(metrics),
         live_router(engine, settings),
         debug_router(engine, settings, jobs.service if jobs else None),
+        methods_router(),
+        static_router(),
         *(jobs.routers() if jobs else ()),
         *routers,
     ):

@@ -10,9 +10,10 @@ from tokenloom.config import Settings
 from tokenloom.serve.errors import ApiError
 from tokenloom.serve.key_ring import Account, KeyRing
 from tokenloom.serve.request_record import note_error, note_key
+from tokenloom.serve.static import PAGE_PATHS
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-OPEN_PATHS = ("/health", "/ready")
+OPEN_PATHS = ("/health", "/ready", *PAGE_PATHS)
 UNCOUNTED_PATHS = (*OPEN_PATHS, "/metrics", "/live")  # the last has a limit of its own
 UPLOADS = ("POST", "/v1/files")
 """Has a limit of its own, `jobs.max_file_bytes`, while it reads."""
