@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Iterable
 from datetime import timedelta
@@ -140,7 +141,8 @@ def _requests(snapshot: dict[str, Any], most: int) -> RenderableType:
     for name in ("id", "state", "age", "prompt", "cached", "output", "blocks", "adapter", "methods"):
         table.add_column(name, justify="right" if name in _NUMBERS else "left", no_wrap=True)
     for request in snapshot["requests"][:most]:
-        methods = " ".join(_plain(request[name]) for name in ("kv", "draft") if request[name])
+        specs = [_plain(request[name]) for name in ("kv", "draft") if request[name]]
+        methods = " ".join(re.sub(r"\([^)]*\)", "", spec) for spec in specs)  # names, without their knobs
         output = f"{request['output_tokens']}"
         if request["max_tokens"] is not None:
             output += f"/{request['max_tokens'] * request['choices']}"
@@ -186,9 +188,11 @@ def _stacked(values: dict[str, float], colours: dict[str, str]) -> Text:
     total = sum(values.values())
     if not total:
         return Text("░" * _BAR_WIDTH, "grey37")
+    widths = {name: max(round(value / total * _BAR_WIDTH), value > 0) for name, value in values.items()}
+    widths[max(widths, key=widths.__getitem__)] += _BAR_WIDTH - sum(widths.values())
     text = Text()
-    for name, value in values.items():
-        text.append("█" * max(round(value / total * _BAR_WIDTH), value > 0), colours[name])
+    for name, width in widths.items():
+        text.append("█" * width, colours[name])
     return text
 
 

@@ -15,10 +15,28 @@ from tokenloom.top import View, frame
 from tokenloom.top_cli import Watch, WatchError
 
 
+KV = "snapkv(budget=64)+pyramid()"
+
+
 def busy(now):
     """Two requests, a job that trains, and three seconds of iterations before `now`."""
     seen = [
-        RequestOverview("req-a", "decode", 2.5, 0.2, 40, 16, 51, 12, 64, 1, 4, "sailor", "snapkv()", None),
+        RequestOverview(
+            "req-a",
+            "decode",
+            2.5,
+            0.2,
+            40,
+            16,
+            51,
+            12,
+            64,
+            1,
+            4,
+            "sailor",
+            "snapkv(budget=64)+pyramid()",
+            None,
+        ),
         RequestOverview("req-\x1b[2Jb", "waiting", 0.5, None, 7, 0, 0, 0, None, 1, 0, None, None, "ngram()"),
     ]
     seconds = [
@@ -67,12 +85,14 @@ def test_latencies_stand_beside_their_targets(watched):
 
 def test_the_pool_is_a_bar_of_its_parts(watched):
     assert "running 3  training 2  cached 1  free 2  of 8 blocks of 16 tokens" in watched[1]
+    bars = [line for line in watched[1].splitlines() if line.startswith("│ █")]
+    assert [bar.count("█") for bar in bars] == [60, 60]
 
 
 def test_requests_are_a_table_without_control_characters(watched):
     text = watched[1]
     [line] = [line for line in text.splitlines() if "req-a" in line]
-    for word in ("decode", "2.5 s", "40", "12/64", "sailor", "snapkv()"):
+    for word in ("decode", "2.5 s", "40", "12/64", "sailor", "snapkv+pyramid"):
         assert word in line
     assert "req-?[2Jb" in text and "\x1b" not in text
     assert "and 3 more" in text

@@ -6,7 +6,14 @@ from collections.abc import Iterator
 from itertools import accumulate
 
 from fastapi import APIRouter, Response
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -28,6 +35,7 @@ class Metrics:
         self.engine = engine
         self.registry = CollectorRegistry()
         self.registry.register(_EngineCollector(engine))
+        ProcessCollector(registry=self.registry)  # memory, CPU time, open files; where the system tells
         self._http = Counter(
             "tokenloom:http_requests",
             "HTTP answers by method, route and status.",
