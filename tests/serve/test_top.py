@@ -14,7 +14,6 @@ from tokenloom.engine.overview import BlocksOverview, Overview, RequestOverview,
 from tokenloom.top import View, frame
 from tokenloom.top_cli import Watch, WatchError
 
-
 KV = "snapkv(budget=64)+pyramid()"
 
 
