@@ -121,7 +121,7 @@ def serve(
 
 def _announce(name: str, url: str) -> None:
     body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hello!"}]})
-    out.print(f"\n[bold]{name}[/] is served at [bold]{url}[/]. Try:\n", highlight=False)
+    out.print(f"\n[bold]{name}[/] is served at [bold]{url}[/], to a browser too. Try:\n", highlight=False)
     print(f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'\n")
     print(
         f"{sys.executable} -m pip install --quiet openai\n"

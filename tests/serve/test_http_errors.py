@@ -180,7 +180,7 @@ def test_an_unknown_model(shared):
     assert "gpt-9" in message
 
 
-@pytest.mark.parametrize("path", ["/", "/v1", "/v1/chat", "/v1/chat/completions/", "/docs", "/v2/models"])
+@pytest.mark.parametrize("path", ["/v1", "/v1/chat", "/v1/chat/completions/", "/docs", "/v2/models"])
 def test_an_unknown_route(shared, path):
     assert path in assert_error(shared.http.get(path), 404, None, "route_not_found")
 

@@ -13,6 +13,7 @@ import tokenloom.serve.live as live
 from running import assert_error, wait_for
 from tokenloom.engine.composition import Rows
 from tokenloom.engine.overview import BlocksOverview, Overview, TrainingOverview
+from tuning_server import client_of, create, rows, start, upload
 
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": "secret words"}], "ignore_eos": True}
 KV = "snapkv(budget=64)"
@@ -143,7 +144,7 @@ def test_who_reads_nothing_is_dropped(serve, monkeypatch):
         silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         silent.connect(("127.0.0.1", server.port))
         silent.sendall(b"GET /live HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
-        wait_for(lambda: built[0].listeners == 1)
+        wait_for(lambda: built and built[0].listeners == 1)
         once(server)  # others are served meanwhile
         wait_for(lambda: built[0].listeners == 0)
 
@@ -208,6 +209,29 @@ def test_iterations_are_counted_by_kind(real):
     accepted = guesses.get("accepted_prediction_tokens", 0)
     assert decode == usage["completion_tokens"] - 1 - accepted
     assert drafted == accepted + guesses.get("rejected_prediction_tokens", 0)
+
+
+def test_training_is_shown_with_its_blocks_and_rows(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("TOKENLOOM_HOME", str(tmp_path))
+    server = start(tiny_folder)
+    client = client_of(server)
+    create(client, upload(client, rows(12)), epochs=50)
+    seen = []
+
+    def trains():
+        snapshot = once(server)
+        seen.append(snapshot)
+        return (
+            snapshot["trainings"] and snapshot["trainings"][0]["step"] > 2 and snapshot["blocks"]["training"]
+        )
+
+    wait_for(trains, 30)
+    wait_for(lambda: any(second["training"] for second in once(server)["seconds"]), 30)
+    server.stop()
+    blocks = seen[-1]["blocks"]
+    assert seen[-1]["trainings"][0]["loss"] > 0 and seen[-1]["totals"]["training_steps"] > 2
+    assert blocks["map"].count("t") == blocks["training"]
+    assert sum(blocks[state] for state in ("free", "cached", "running", "training")) == blocks["total"]
 
 
 def test_gaps_between_tokens_are_counted(real):

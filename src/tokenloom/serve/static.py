@@ -1,7 +1,7 @@
 """GET / and its files: the dashboard, from memory.
 
-The files are known when the module is imported, and a request names one of them or nothing: no path from outside
-is ever joined to a folder.
+The files are known when the module is imported, and a request names one of them or nothing: no path from
+outside is ever joined to a folder.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
-    "Cache-Control": "no-cache",  # kept, and asked after: a newer server's page must not run an older one's code
+    # Kept, and asked after: a newer server's page must not run an older one's code.
+    "Cache-Control": "no-cache",
 }
 
 

@@ -22,7 +22,7 @@ function axis(more) {
 /** A chart that fills `element`, whatever its size. */
 function draw(element, options, data) {
   const size = () => ({ width: Math.max(120, element.clientWidth), height: Math.max(80, element.clientHeight) });
-  const chart = new uPlot({ ...size(), legend: { show: false }, padding: [8, 6, 0, 0], ...options }, data, element);
+  const chart = new uPlot({ ...size(), legend: { show: false }, padding: [8, 32, 0, 0], ...options }, data, element);
   charts.add(chart);
   new ResizeObserver(() => {
     if (element.clientWidth > 0) chart.setSize(size());
@@ -73,15 +73,14 @@ export function stacked(element, series, onHover) {
  * Lines over time or steps. `series` are `{color, dash, points}`; gaps are nulls. `x` is "time" or "step".
  * Returns `set(xs, ys)`.
  */
-export function lines(element, series, { x = "time", height = 110, floor = 0, onHover = () => {} } = {}) {
-  element.style.height = `${height}px`;
+export function lines(element, series, { x = "time" } = {}) {
   const chart = draw(
     element,
     {
       cursor: { y: false, points: { size: 6 } },
       scales: {
         x: { time: x === "time" },
-        y: { range: (u, low, high) => (low === null ? [0, 1] : [Math.min(floor, low), high * 1.1 || 1]) },
+        y: { range: (u, low, high) => (low === null ? [0, 1] : [Math.min(0, low), high * 1.1 || 1]) },
       },
       axes: [
         x === "time" ? timeAxis() : axis({ size: 28, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 5000, 20000] }),
@@ -94,10 +93,10 @@ export function lines(element, series, { x = "time", height = 110, floor = 0, on
           width: dash ? 1.5 : 2,
           dash,
           spanGaps: true,
-          points: { show: Boolean(points), size: 5, fill: () => css(color) },
+          // A line through one or two points alone would not be seen.
+          points: { show: (u) => Boolean(points) || u.data[0].length < 3, size: 5, fill: () => css(color) },
         })),
       ],
-      hooks: { setCursor: [(u) => onHover(u.cursor.idx ?? null)] },
     },
     [[], ...series.map(() => [])],
   );

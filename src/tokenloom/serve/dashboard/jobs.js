@@ -5,7 +5,7 @@ import { lines } from "./charts.js";
 import { byId, clock, count, h, say, seconds } from "./dom.js";
 import { openJobForm } from "./jobform.js";
 
-const EVERY_MS = 2000;
+const EVERY_MS = 1000;
 const PAGE = 1000;
 const ACTIONS = {
   validating_files: ["cancel"],
@@ -117,8 +117,8 @@ async function act(id, what) {
   await refresh();
 }
 
-function fact(name, value) {
-  return value === null || value === undefined ? null : h("div", {}, h("dt", { textContent: name }), h("dd", { textContent: value }));
+function fact(name, value, className = "") {
+  return value === null || value === undefined ? null : h("div", { className }, h("dt", { textContent: name }), h("dd", { textContent: value }));
 }
 
 function showJob() {
@@ -143,8 +143,8 @@ function showJob() {
       fact("Batch size", numbers.batch_size),
       fact("Learning rate", training.learning_rate),
       fact("LoRA rank", lora.r),
-      fact("Failed", error && `${error.code}: ${error.message}`),
-      fact("Job", job.id),
+      fact("Failed", error && `${error.code}: ${error.message}`, "long"),
+      fact("Job", title(job) === job.id ? null : job.id, "long"),
     ].filter(Boolean),
   );
   showEvents();
@@ -165,7 +165,7 @@ function showActions(job) {
 }
 
 function showLoss() {
-  setLoss ??= lines(byId("loss-chart"), [{ color: "--training" }, { color: "--drafted", points: true }], { x: "step", height: 250 });
+  setLoss ??= lines(byId("loss-chart"), [{ color: "--training" }, { color: "--drafted", points: true }], { x: "step" });
   const steps = [...new Set([...log.steps.keys(), ...log.valid.keys()])].sort((a, b) => a - b);
   const ys = [log.steps, log.valid].map((losses) => steps.map((step) => losses.get(step) ?? null));
   setLoss(steps, ys);

@@ -44,7 +44,6 @@ function askForKey(problem, refused) {
   asking ??= new Promise((resolve) => {
     say(byId("key-problem"), problem);
     const dialog = byId("key-dialog");
-    dialog.addEventListener("cancel", (event) => event.preventDefault());
     byId("key-form").onsubmit = (event) => {
       event.preventDefault();
       setKey(byId("key").value.trim());
@@ -65,6 +64,7 @@ byId("pause").addEventListener("click", ({ currentTarget }) => {
   if (!paused && newest) showOverview(newest);
 });
 
+byId("key-dialog").addEventListener("cancel", (event) => event.preventDefault()); // nothing works without a key
 onUnauthorized(askForKey);
 addEventListener("hashchange", () => {
   showView();

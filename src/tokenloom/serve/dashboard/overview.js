@@ -12,7 +12,7 @@ const KINDS = [
   { key: "drafted", name: "Drafted", color: "--drafted" },
   { key: "training", name: "Training", color: "--training" },
 ];
-const NOTHING = { prefill: 0, decode: 0, drafted: 0, training: 0, iterations: 0 };
+const NOTHING = { prefill: 0, decode: 0, drafted: 0, training: 0, iterations: 0, busy_ms: 0 };
 
 /** Seconds by their number; the server sends each one once. */
 const history = new Map();
@@ -50,7 +50,7 @@ function showTiles(snapshot) {
   const all = snapshot.totals;
   tiles.output(rate(perSecond("generation_tokens")), "tokens/s", `${count(all.generation_tokens)} in all`);
   const reused = all.prefix_queries_tokens ? all.prefix_hits_tokens / all.prefix_queries_tokens : 0;
-  tiles.prompt(rate(perSecond("prompt_tokens")), "tokens/s", `${percent(reused)} from the prefix cache`);
+  tiles.prompt(rate(perSecond("prompt_tokens")), "tokens/s", `${percent(reused)} found cached`);
   tiles.requests(count(snapshot.running), "running", `${count(snapshot.waiting)} waiting`);
   for (const name of ["ttft", "itl"]) {
     const { p90_ms, target_ms, within } = snapshot[name];
@@ -86,7 +86,9 @@ function showLegend() {
   const second = shown[at];
   if (!second) return;
   for (const { key } of KINDS) say(legendValues[key], count(second[key]));
-  say(when, `${clock(second.at_s)} · ${count(second.iterations)} iterations`);
+  // An iteration counts where it ends, and may have begun before.
+  const busy = percent(Math.min(1, second.busy_ms / 1000));
+  say(when, `${clock(second.at_s)} · ${count(second.iterations)} iterations, busy ${busy}`);
 }
 
 function showRows(snapshot) {
@@ -117,7 +119,6 @@ function latencyPanel(name, title) {
   const set = lines(
     chart,
     [{ color: "--decode" }, { color: "--prefill" }, { color: "--training" }, { color: "--bad", dash: [5, 4] }],
-    { height: 96 },
   );
   return (latency) => {
     const past = latencies[name];
@@ -162,6 +163,7 @@ function showBlocks({ blocks }) {
 function requestRow(request) {
   const most = request.max_tokens === null ? null : request.max_tokens * request.choices;
   const methods = [request.adapter, request.kv && `kv ${request.kv}`, request.draft && `draft ${request.draft}`].filter(Boolean);
+  const names = methods.map((spec) => spec.replaceAll(/\([^()]*\)/g, "")); // knobs are told by the title
   const prompt = request.state === "prefill" ? `${count(request.computed_tokens)} of ${count(request.prompt_tokens)}` : count(request.prompt_tokens);
   const cached = request.cached_tokens ? h("span", { className: "sub", textContent: ` · ${count(request.cached_tokens)} cached` }) : null;
   const output = h("td", { className: "number" }, most === null ? count(request.output_tokens) : `${count(request.output_tokens)} / ${count(most)}`);
@@ -177,7 +179,7 @@ function requestRow(request) {
     h("td", { className: "number optional", textContent: request.ttft_s === null ? "–" : ms(request.ttft_s * 1000) }),
     h("td", { className: "number optional", textContent: seconds(request.age_s) }),
     h("td", { className: "number optional", textContent: count(request.kv_blocks) }),
-    h("td", { className: "clip optional", title: methods.join(" · "), textContent: methods.join(" · ") || "–" }),
+    h("td", { className: "clip optional", title: methods.join(" · "), textContent: names.join(" · ") || "–" }),
   );
 }
 

@@ -6,18 +6,26 @@ const STEPS = [0.1, 0.3, 0.6, 0.9];
 const popup = h("div", { className: "alternatives", id: "alternatives", role: "tooltip", hidden: true });
 document.body.append(popup);
 
-const shown = (text) => (text === "" ? "∅" : text.replaceAll("\n", "↵").replaceAll("\t", "⇥").replace(/^ | $/g, "␣"));
+/** A token's text with what cannot be seen made visible; bytes that are no text as such. */
+function shown({ token, bytes }) {
+  if (token === "") return "∅";
+  if (/[\p{Cc}\uFFFD]/u.test(token.replaceAll(/[\n\t]/g, ""))) return bytes.map((byte) => `\\x${byte.toString(16).padStart(2, "0")}`).join("");
+  return token.replaceAll("\n", "↵").replaceAll("\t", "⇥").replace(/^ | $/g, "␣");
+}
+
 const percent = (logprob) => {
   const share = Math.exp(logprob) * 100;
   return share < 0.1 ? "< 0.1 %" : `${share.toFixed(share < 10 ? 1 : 0)} %`;
 };
 
+const same = (one, other) => String(one.bytes) === String(other.bytes);
+
 function show(token, entry) {
-  const chosen = entry.top_logprobs.some(({ token: text }) => text === entry.token);
+  const chosen = entry.top_logprobs.some((one) => same(one, entry));
   const all = chosen ? entry.top_logprobs : [...entry.top_logprobs, entry];
   popup.replaceChildren(
-    h("table", {}, h("tbody", {}, ...all.map(({ token: text, logprob }) =>
-      h("tr", { className: text === entry.token ? "chosen" : "" }, h("td", { textContent: shown(text) }), h("td", { className: "number", textContent: percent(logprob) })),
+    h("table", {}, h("tbody", {}, ...all.map((one) =>
+      h("tr", { className: one === entry || same(one, entry) ? "chosen" : "" }, h("td", { textContent: shown(one) }), h("td", { className: "number", textContent: percent(one.logprob) })),
     ))),
   );
   popup.hidden = false;
