@@ -211,6 +211,21 @@ class LimitSettings(_Branch):
     max_tokens: int = Field(0, ge=0, description="Cap on generated tokens per choice; 0: the context.")
     max_prompts: int = Field(256, ge=1, description="Prompts in one completions or embeddings request.")
     max_concurrent: int = Field(256, ge=1, description="HTTP requests at work at the same time.")
+    max_unread: int = Field(
+        1024, ge=1, description="Iterations of an answer that its reader is behind; one more ends it."
+    )
+
+
+class WatchdogSettings(_Branch):
+    """When the engine's loop is started again."""
+
+    iteration_s: float = Field(
+        120.0, ge=0, description="An iteration that takes longer hangs; 0: none ever does."
+    )
+    max_restarts: int = Field(
+        3, ge=0, description="So many in window_s; after one more the server ends with status 1."
+    )
+    window_s: float = Field(600.0, gt=0)
 
 
 class ServerSettings(_Branch):
@@ -254,6 +269,7 @@ class Settings(BaseSettings):
     methods: MethodSettings = Field(default_factory=MethodSettings)
     drafting: DraftingSettings = Field(default_factory=DraftingSettings)
     limits: LimitSettings = Field(default_factory=LimitSettings)
+    watchdog: WatchdogSettings = Field(default_factory=WatchdogSettings)
     server: ServerSettings = Field(default_factory=ServerSettings)
 
     @classmethod

@@ -53,6 +53,7 @@ class FakeEngine:
         self.fail_at: int | None = None
         self.break_at: int | None = None
         self.alive = False
+        self.failed = False
         self.draining = False
         self.running = 0
         self.abort_all = False

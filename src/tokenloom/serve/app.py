@@ -15,6 +15,7 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from tokenloom.config import ConfigError, Settings
 from tokenloom.engine.async_engine import AsyncEngine
+from tokenloom.errors import EngineStoppedError
 from tokenloom.serve.adapter_folder import AdapterFolder
 from tokenloom.serve.adapters import AdapterLoader, adapters_router
 from tokenloom.serve.basic import embeddings_router, health_router, models_router, tokens_router
@@ -157,6 +158,7 @@ def run_server(
 
     Raises:
         ConfigError: the address cannot be listened on.
+        EngineStoppedError: the engine failed for good; whoever watches this process should start it again.
     """
     server = settings.server
     family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
@@ -184,6 +186,7 @@ def run_server(
 
     async def serve() -> None:
         process = _Server(config, engine, server.drain_timeout_s, jobs)
+        engine.on_failure = lambda: setattr(process, "should_exit", True)
         running = asyncio.create_task(process.serve(sockets=[listener]))
         while not process.started and not running.done():
             await asyncio.sleep(0.01)
@@ -197,3 +200,5 @@ def run_server(
         jobs.stop()
         engine.shutdown()
         jobs.close()
+    if engine.failed:
+        raise EngineStoppedError("the engine failed for good; the log tells why")

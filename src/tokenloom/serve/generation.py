@@ -16,9 +16,8 @@ from tokenloom.engine.adapters import LoadedAdapter
 from tokenloom.engine.async_engine import AsyncEngine
 from tokenloom.engine.outputs import Completion, RequestOutput, StepOutput, collect
 from tokenloom.engine.sampling_params import SamplingParams
-from tokenloom.errors import EngineStoppedError, RequestError
+from tokenloom.errors import EngineStoppedError, GenerationError, RequestError
 from tokenloom.methods.defaults import methods_of
-from tokenloom.serve.errors import GenerationError
 from tokenloom.serve.protocol import CachedTokens, CompletionDetails, SamplingFields, Usage
 
 T = TypeVar("T")
