@@ -44,9 +44,7 @@ def patch_forward(target: AsyncEngine, fault: Callable[[Batch, Tensor], None]) -
 def poisoned(target: AsyncEngine, batch: Batch) -> list[slice]:
     """Rows of the sequences whose prompt begins with POISON."""
     guilty = {
-        s.table.blocks[0]
-        for s in target.engine.scheduler.running
-        if s.tokens[0] == POISON and s.table.blocks
+        s.table.blocks[0] for s in target.engine.scheduler.running if s.tokens[0] == POISON and s.table.blocks
     }
     return [s.span.rows for s in batch.segments if s.span.blocks[0] in guilty]
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from faults import POISON, answer, answers, make, patch_forward, poisoned, settled
 
+from faults import POISON, answer, answers, make, patch_forward, poisoned, settled
 from tiny_models import build_tiny
 from tokenloom.engine import engine as engine_module
 from tokenloom.engine.async_engine import AsyncEngine
