@@ -249,6 +249,9 @@ class ServerSettings(_Branch):
     drain_timeout_s: float = Field(
         30.0, ge=0.0, description="On SIGTERM, how long running requests may go on."
     )
+    dead_peer_s: float = Field(
+        60.0, ge=1.0, description="A client that reads nothing, or is silent, for so long is gone (Linux)."
+    )
 
 
 class Settings(BaseSettings):

@@ -1,4 +1,4 @@
-"""The engine's loop dies or hangs: it is started again, and streams go on with no token lost or said twice."""
+"""The engine's loop dies or hangs: it is started again, and streams go on, no token lost or said twice."""
 
 from __future__ import annotations
 

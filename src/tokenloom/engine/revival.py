@@ -47,7 +47,7 @@ def successor(engine: Engine, *, deserted: bool) -> Engine:
         if engine.pool.tier is not None:
             engine.pool.tier.close()
     new.begin(kv)
-    new.coserver.latency, new.coserver.profiler = engine.coserver.latency, engine.coserver.profiler
+    new.coserver.latency = engine.coserver.latency
     return new
 
 

@@ -13,7 +13,7 @@ import uvicorn
 from fastapi import APIRouter, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
-from tokenloom.config import ConfigError, Settings
+from tokenloom.config import Settings
 from tokenloom.engine.async_engine import AsyncEngine
 from tokenloom.errors import EngineStoppedError
 from tokenloom.serve.adapter_folder import AdapterFolder
@@ -24,8 +24,10 @@ from tokenloom.serve.completions import completions_router
 from tokenloom.serve.context import RequestContext
 from tokenloom.serve.errors import install_error_handlers
 from tokenloom.serve.jobs import Jobs, open_jobs
+from tokenloom.serve.listening import listen
 from tokenloom.serve.metrics import Metrics, metrics_router
 from tokenloom.serve.models import Models
+from tokenloom.serve.pulse import PATIENCE, prove_life
 from tokenloom.serve.security import LOOPBACK, BodyLimit, ConcurrencyLimit, HostCheck, KeyCheck
 from tokenloom.version import __version__
 
@@ -161,17 +163,8 @@ def run_server(
         EngineStoppedError: the engine failed for good; whoever watches this process should start it again.
     """
     server = settings.server
-    family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((server.host, server.port))
-    except OSError as error:
-        listener.close()
-        raise ConfigError(
-            f"server.host, server.port: cannot listen on {server.host}:{server.port}: {error}"
-        ) from error
-    host = f"[{server.host}]" if family == socket.AF_INET6 else server.host
+    listener = listen(server)
+    host = f"[{server.host}]" if listener.family == socket.AF_INET6 else server.host
     url = f"http://{host}:{listener.getsockname()[1]}"
     jobs = open_jobs(engine, settings)
     config = uvicorn.Config(
@@ -188,11 +181,13 @@ def run_server(
         process = _Server(config, engine, server.drain_timeout_s, jobs)
         engine.on_failure = lambda: setattr(process, "should_exit", True)
         running = asyncio.create_task(process.serve(sockets=[listener]))
+        pulse = asyncio.create_task(prove_life(PATIENCE * settings.watchdog.iteration_s))
         while not process.started and not running.done():
             await asyncio.sleep(0.01)
         if process.started:
             announce(url)
         await running
+        pulse.cancel()
 
     try:
         asyncio.run(serve())

@@ -100,8 +100,9 @@ class Generation:
     `answers` is complete once `outputs` has ended. Must be closed: that aborts whatever still runs.
     """
 
-    def __init__(self, prompts: list[list[int]], params: SamplingParams) -> None:
+    def __init__(self, prompts: list[list[int]], params: SamplingParams, max_unread: int) -> None:
         self.params = params
+        self.max_unread = max_unread * len(prompts)
         self.answers = [RequestOutput("", p, [Completion(i) for i in range(params.n)]) for p in prompts]
         self._streams: list[AsyncIterator[StepOutput]] = []
         self._pumps: list[asyncio.Task[None]] = []
@@ -126,7 +127,7 @@ class Generation:
             RequestError, EngineBusyError, EngineStoppedError: as `AsyncEngine.generate`.
         """
         method, guesses = methods_of(engine.settings, body.kv, body.draft)
-        generation = cls(prompts, params)
+        generation = cls(prompts, params, engine.settings.limits.max_unread)
         try:
             for prompt in prompts:
                 stream = engine.generate(
@@ -153,6 +154,9 @@ class Generation:
     async def _pump(self, number: int, stream: AsyncIterator[StepOutput]) -> None:
         try:
             async for step in stream:
+                if self._queue.qsize() >= self.max_unread:
+                    await stream.aclose()  # type: ignore[attr-defined]
+                    raise GenerationError("the answer was ended, since it was read too slowly")
                 self._queue.put_nowait((number, step))
             self._queue.put_nowait((number, None))
         except Exception as error:
