@@ -2,9 +2,9 @@
 
 python tests/system/kill9.py --times 20 --json kill9.json
 
-While files are uploaded, a job trains, a batch runs (where the server has `/v1/batches`) and chats stream, the
-server is killed a random time after a training step, and started again on the same home folder. The run passes
-if
+While files are uploaded, a job trains, a batch runs (where the server has `/v1/batches`) and chats stream,
+the server is killed a random time after a training step, and started again on the same home folder. The run
+passes if
 
 - every file whose upload was answered is there, byte for byte,
 - every training step that was told of is still told of, with the same loss, and the job goes on,

@@ -3,8 +3,8 @@
 python tests/system/load.py --connections 200 --seconds 60 --json load.json
 
 First as many connections as sequences may run ask without a pause: the server is busy, nobody is refused.
-Then `--connections` of them do, far more than may run and wait. Each refused one waits as long as `Retry-After`
-says. The run passes if
+Then `--connections` of them do, far more than may run and wait. Each refused one waits as long as
+`Retry-After` says. The run passes if
 
 - every answer is 200 and complete, or 429 or 503 with `Retry-After`; no connection is broken,
 - some were refused, so that it was an overload, and every connection got an answer in the end,

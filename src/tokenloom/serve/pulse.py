@@ -1,4 +1,4 @@
-"""The last resort: a process in which nothing runs any more ends, so that its supervisor can start another."""
+"""The last resort: a process in which nothing runs any more ends, so that its supervisor starts another."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ PATIENCE = 5
 
 
 async def prove_life(limit_s: float) -> None:
-    """Until cancelled, put off the end of this process, which comes with status 1 and all stacks on stderr once
-    the event loop has stood still for `limit_s`; 0: never. It works even if some code never lets go of the
-    interpreter's lock, which the engine's watchdog needs."""
+    """Until cancelled, put off the end of this process, which comes with status 1 and all stacks on stderr
+    once the event loop has stood still for `limit_s`; 0: never. It works even if some code never lets go of
+    the interpreter's lock, which the engine's watchdog needs."""
     if not limit_s:
         return
     try:
