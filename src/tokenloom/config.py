@@ -223,6 +223,9 @@ class LimitSettings(_Branch):
     key_max_concurrent: int = Field(
         0, ge=0, description="Requests of a user's key at work at the same time; 0: no limit."
     )
+    max_unread: int = Field(
+        1024, ge=1, description="Iterations of an answer that its reader is behind; one more ends it."
+    )
 
 
 class LoggingSettings(_Branch):
@@ -241,6 +244,18 @@ class TracingSettings(_Branch):
     exporter: Literal["none", "otlp"] = Field(
         "none", description="otlp: spans go to OTEL_EXPORTER_OTLP_ENDPOINT, by HTTP."
     )
+
+
+class WatchdogSettings(_Branch):
+    """When the engine's loop is started again."""
+
+    iteration_s: float = Field(
+        120.0, ge=0, description="An iteration that takes longer hangs; 0: none ever does."
+    )
+    max_restarts: int = Field(
+        3, ge=0, description="So many in window_s; after one more the server ends with status 1."
+    )
+    window_s: float = Field(600.0, gt=0)
 
 
 class ServerSettings(_Branch):
@@ -269,6 +284,9 @@ class ServerSettings(_Branch):
     drain_timeout_s: float = Field(
         30.0, ge=0.0, description="On SIGTERM, how long running requests may go on."
     )
+    dead_peer_s: float = Field(
+        60.0, ge=1.0, description="A client that reads nothing, or is silent, for so long is gone (Linux)."
+    )
 
 
 class Settings(BaseSettings):
@@ -291,6 +309,7 @@ class Settings(BaseSettings):
     limits: LimitSettings = Field(default_factory=LimitSettings)
     logging: LoggingSettings = Field(default_factory=LoggingSettings)
     tracing: TracingSettings = Field(default_factory=TracingSettings)
+    watchdog: WatchdogSettings = Field(default_factory=WatchdogSettings)
     server: ServerSettings = Field(default_factory=ServerSettings)
 
     @classmethod

@@ -34,3 +34,7 @@ class EngineBusyError(TokenloomError):
 
 class EngineStoppedError(TokenloomError):
     """The engine is draining or has stopped and takes no new requests."""
+
+
+class GenerationError(TokenloomError):
+    """The engine failed on a request that it had taken."""

@@ -57,10 +57,11 @@ class FakeEngine:
         self.fail_at: int | None = None
         self.break_at: int | None = None
         self.alive = False
+        self.failed = False
         self.draining = False
         self.running = 0
         self.abort_all = False
-        self.observe: Callable[[Request], None] = lambda request: None
+        self.observe: Callable[[Any], None] = lambda stream: None
         self.seen = Overview([], 0, BlocksOverview(16, "rrffffff"), [], False, [])
         self.counters = EngineStats(kv_blocks_total=8, kv_blocks_used=2, iterations=5, batch_tokens=50)
 
@@ -105,7 +106,7 @@ class FakeEngine:
         call = Call(request_id, prompt_token_ids, params, priority, cache_salt, kv, draft, compress_upto)
         self.calls.append(call)
         stream = FakeStream(self, call, adapter)
-        self.observe(stream.request)
+        self.observe(stream)
         return stream
 
     async def embed(
@@ -113,7 +114,8 @@ class FakeEngine:
     ) -> list[float]:
         self._admit(prompt_token_ids)
         params = SamplingParams(max_tokens=0)
-        self.observe(Request(request_id, prompt_token_ids, params, kind="embed", adapter=adapter))
+        request = Request(request_id, prompt_token_ids, params, kind="embed", adapter=adapter)
+        self.observe(SimpleNamespace(request=request))
         try:
             await asyncio.sleep(self.step_s)
         except asyncio.CancelledError:

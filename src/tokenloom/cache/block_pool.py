@@ -43,6 +43,11 @@ class BlockPool:
         return len(self._free) + len(self._cached)
 
     @property
+    def num_cached(self) -> int:
+        """Blocks that nobody uses and whose content may be used again."""
+        return len(self._cached)
+
+    @property
     def num_used(self) -> int:
         return self.num_blocks - self.num_available
 
@@ -162,6 +167,13 @@ class BlockPool:
         digest = self._digest_of.pop(block, None)
         if digest is not None:
             del self._block_of[digest]
+
+    def disown(self, block: int) -> None:
+        """Drop the content of a block in use from the prefix index and the tier: it is not to be trusted."""
+        digest = self._digest_of.get(block)
+        self.unpublish(block)
+        if digest is not None and self.tier is not None:
+            self.tier.forget(digest)
 
     def is_published(self, block: int) -> bool:
         return block in self._digest_of

@@ -28,6 +28,10 @@ class Plan:
     drafts: dict[Sequence, Draft] = field(default_factory=dict)
     """Of sequences in decode whose next tokens are guessed: rows besides their own."""
 
+    def drop(self, sequence: Sequence) -> None:
+        """Without this one, if it is there."""
+        self.num_rows -= self.rows.pop(sequence, 0)
+
 
 class Scheduler:
     """Continuous batching with chunked prefill and preemption by recompute.
@@ -177,12 +181,16 @@ class Scheduler:
                 self.copy_block(*copy)
 
     def _preempt(self, plan: Plan, victim: Sequence) -> None:
-        plan.num_rows -= plan.rows.pop(victim, 0)
-        self.running.remove(victim)
-        victim.restart_kv()
+        plan.drop(victim)
+        self.set_aside(victim)
         self.num_preemptions += 1
         self.add(victim)
         logger.debug("preempted", extra=fields(request=victim.request.request_id, tokens=len(victim.tokens)))
+
+    def set_aside(self, sequence: Sequence) -> None:
+        """Let one that runs go without its blocks; `add` takes it back."""
+        self.running.remove(sequence)
+        sequence.restart_kv()
 
     def _admit(self, plan: Plan) -> None:
         while self.waiting and plan.num_rows < self.settings.max_batch_tokens:

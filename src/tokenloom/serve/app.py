@@ -16,6 +16,7 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from tokenloom.config import ConfigError, Settings
 from tokenloom.engine.async_engine import AsyncEngine
+from tokenloom.errors import EngineStoppedError
 from tokenloom.serve.adapter_folder import AdapterFolder
 from tokenloom.serve.adapters import AdapterLoader, adapters_router
 from tokenloom.serve.basic import embeddings_router, health_router, models_router, tokens_router
@@ -27,12 +28,14 @@ from tokenloom.serve.errors import install_error_handlers
 from tokenloom.serve.jobs import Jobs, open_jobs
 from tokenloom.serve.key_limits import RATE_HEADERS, KeyLimits, Meters
 from tokenloom.serve.key_ring import KeyRing, open_key_store
+from tokenloom.serve.listening import listen
 from tokenloom.serve.live import live_router
 from tokenloom.serve.methods import methods_router
 from tokenloom.serve.metrics import Metrics, metrics_router
 from tokenloom.serve.models import Models
+from tokenloom.serve.pulse import PATIENCE, prove_life
 from tokenloom.serve.request_log import RequestLog
-from tokenloom.serve.request_record import note_model, note_run
+from tokenloom.serve.request_record import note_answer, note_model
 from tokenloom.serve.security import LOOPBACK, BodyLimit, ConcurrencyLimit, HostCheck, KeyCheck
 from tokenloom.serve.static import static_router
 from tokenloom.serve.tracing import Tracing, open_tracing
@@ -61,7 +64,7 @@ def create_app(
     metrics = Metrics(engine)
     loader = AdapterLoader(engine, settings)
     folder = AdapterFolder(loader) if settings.adapters.watch else None
-    engine.observe = note_run
+    engine.observe = note_answer
 
     def named(model: str) -> None:
         metrics.count_request(model)
@@ -186,19 +189,11 @@ def run_server(
 
     Raises:
         ConfigError: the address cannot be listened on.
+        EngineStoppedError: the engine failed for good; whoever watches this process should start it again.
     """
     server = settings.server
-    family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((server.host, server.port))
-    except OSError as error:
-        listener.close()
-        raise ConfigError(
-            f"server.host, server.port: cannot listen on {server.host}:{server.port}: {error}"
-        ) from error
-    host = f"[{server.host}]" if family == socket.AF_INET6 else server.host
+    listener = listen(server)
+    host = f"[{server.host}]" if listener.family == socket.AF_INET6 else server.host
     url = f"http://{host}:{listener.getsockname()[1]}"
     tracing = open_tracing(settings.tracing)
     jobs = open_jobs(engine, settings, tracing)
@@ -223,12 +218,15 @@ def run_server(
 
     async def serve() -> None:
         process = _Server(config, engine, server.drain_timeout_s, jobs)
+        engine.on_failure = lambda: setattr(process, "should_exit", True)
         running = asyncio.create_task(process.serve(sockets=[listener]))
+        pulse = asyncio.create_task(prove_life(PATIENCE * settings.watchdog.iteration_s))
         while not process.started and not running.done():
             await asyncio.sleep(0.01)
         if process.started:
             announce(url)
         await running
+        pulse.cancel()
 
     try:
         asyncio.run(serve())
@@ -239,3 +237,5 @@ def run_server(
         keys.close()
         if tracing is not None:
             tracing.close()
+    if engine.failed:
+        raise EngineStoppedError("the engine failed for good; the log tells why")

@@ -13,7 +13,13 @@ from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from tokenloom.errors import EngineBusyError, EngineStoppedError, RequestError, TokenloomError
+from tokenloom.errors import (
+    EngineBusyError,
+    EngineStoppedError,
+    GenerationError,
+    RequestError,
+    TokenloomError,
+)
 from tokenloom.serve.request_record import note_error
 
 DRAIN_RETRY_AFTER_S = 5
@@ -30,10 +36,6 @@ class ErrorDetail(BaseModel):
 
 class ErrorResponse(BaseModel):
     error: ErrorDetail
-
-
-class GenerationError(TokenloomError):
-    """The engine failed on a request that it had taken."""
 
 
 class ModelNotFoundError(RequestError):

@@ -15,9 +15,8 @@ from tokenloom.engine.adapters import LoadedAdapter
 from tokenloom.engine.async_engine import AsyncEngine
 from tokenloom.engine.outputs import Completion, RequestOutput, StepOutput, collect
 from tokenloom.engine.sampling_params import SamplingParams
-from tokenloom.errors import EngineStoppedError, RequestError
+from tokenloom.errors import EngineStoppedError, GenerationError, RequestError
 from tokenloom.methods.defaults import methods_of
-from tokenloom.serve.errors import GenerationError
 from tokenloom.serve.key_limits import current_meter, own_salt
 from tokenloom.serve.protocol import CachedTokens, CompletionDetails, SamplingFields, Usage
 from tokenloom.serve.request_record import engine_id
@@ -122,8 +121,9 @@ class Generation:
     `answers` is complete once `outputs` has ended. Must be closed: that aborts whatever still runs.
     """
 
-    def __init__(self, prompts: list[list[int]], params: SamplingParams) -> None:
+    def __init__(self, prompts: list[list[int]], params: SamplingParams, max_unread: int) -> None:
         self.params = params
+        self.max_unread = max_unread * len(prompts)
         self.answers = [RequestOutput("", p, [Completion(i) for i in range(params.n)]) for p in prompts]
         self._streams: list[AsyncIterator[StepOutput]] = []
         self._pumps: list[asyncio.Task[None]] = []
@@ -152,7 +152,7 @@ class Generation:
         """
         method, guesses = methods_of(engine.settings, body.kv, body.draft)
         check_total_tokens(engine, prompts, params)
-        generation = cls(prompts, params)
+        generation = cls(prompts, params, engine.settings.limits.max_unread)
         if generation._meter is not None:
             generation._meter.admit_prompts(sum(map(len, prompts)))
         try:
@@ -181,6 +181,9 @@ class Generation:
     async def _pump(self, number: int, stream: AsyncIterator[StepOutput]) -> None:
         try:
             async for step in stream:
+                if self._queue.qsize() >= self.max_unread:
+                    await stream.aclose()  # type: ignore[attr-defined]
+                    raise GenerationError("the answer was ended, since it was read too slowly")
                 self._queue.put_nowait((number, step))
             self._queue.put_nowait((number, None))
         except Exception as error:

@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+from tokenloom.engine.async_engine import Stream
 from tokenloom.engine.request import Request
 
 CLIENT_GONE = 499
@@ -23,7 +24,8 @@ class RequestRecord:
         started_s, ended_s: on the monotonic clock; `ended_s` is None until it is over.
         model: the model that the body named, if that is served. error: `error.code` of the answer.
         key: the id of the API key, never the key; None where no key was asked for.
-        runs: the engine's requests behind it, one for each prompt.
+        answers: of the engine, one for each prompt. They know their requests, which are others once the
+            engine's loop has been started again.
         span: what traces keep here.
     """
 
@@ -36,8 +38,13 @@ class RequestRecord:
     model: str | None = None
     error: str | None = None
     key: str | None = None
-    runs: list[Request] = field(default_factory=list)
+    answers: list[Stream] = field(default_factory=list)
     span: Any = None
+
+    @property
+    def runs(self) -> list[Request]:
+        """The engine's requests, one for each prompt."""
+        return [answer.request for answer in self.answers]
 
     @property
     def prompt_tokens(self) -> int:
@@ -87,11 +94,11 @@ def engine_id() -> str:
     return own if record is None else f"{record.request_id}-{own}"
 
 
-def note_run(run: Request) -> None:
-    """The engine takes a request: it belongs to the HTTP request at hand, if there is one."""
+def note_answer(answer: Stream) -> None:
+    """The engine begins an answer: it belongs to the HTTP request at hand, if there is one."""
     record = _current.get()
     if record is not None:
-        record.runs.append(run)
+        record.answers.append(answer)
 
 
 def note_model(name: str) -> None:
