@@ -2,12 +2,20 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import httpx
 import pytest
 
-from running import wait_for
+from finetune_fakes import DATA, FakeRunner, trainable, wait_until
+from running import Running, settings, wait_for
+from tokenloom.engine.async_engine import AsyncEngine
+from tokenloom.engine.engine import Engine
+from tokenloom.finetune.job_request import parse_job
+from tokenloom.finetune.service import JobService
+from tokenloom.finetune.store import Store
 from tokenloom.logs import JsonLines, Text
+from tokenloom.serve.request_record import RequestRecord, enter, leave, note_answer
 
 SECRET = "qwxyzsecret"
 CHAT = {"model": "fake", "messages": [{"role": "user", "content": SECRET}], "max_tokens": 3}
@@ -108,6 +116,42 @@ def test_the_engines_requests_carry_the_id_of_the_clients(serve):
         server.http.post("/v1/chat/completions", json=CHAT, headers={"x-request-id": "mine-3"})
     first, second = (call.request_id for call in server.engine.calls)
     assert first.startswith("mine-3-") and second.startswith("mine-3-") and first != second
+
+
+def test_what_a_request_leaves_behind_is_not_its_own():
+    record = RequestRecord("r", "POST")
+    token = enter(record)
+    note_answer(SimpleNamespace(request="during"))
+    record.ended_s = record.started_s
+    note_answer(SimpleNamespace(request="after"))
+    leave(token)
+    note_answer(SimpleNamespace(request="elsewhere"))
+    assert record.runs == ["during"]
+
+
+def test_events_of_jobs_are_lines_with_the_jobs_id(logged, tmp_path):
+    log, store, runner = logged(level="debug"), Store(tmp_path), FakeRunner()
+    service = JobService(store, runner, trainable())
+    service.start()
+    file = service.create_file([DATA], "train.jsonl")
+    job = service.create_job(parse_job({"model": "tiny", "training_file": file.id}))
+    wait_until(lambda: store.jobs.get(job.id).status == "succeeded")
+    service.stop()
+    store.close()
+    lines = [line for line in log.lines if line.get("job") == job.id]
+    assert any("The job has started" in line["message"] for line in lines)
+    steps = [line["level"] for line in lines if "training loss" in line["message"]]
+    assert steps == ["debug"] * 3
+    assert "hello" not in log.text  # what the rows say
+
+
+def test_the_engine_says_when_it_begins_drains_and_ends(tiny_folder, logged):
+    log = logged()
+    flags = {"model__name": str(tiny_folder), "model__dtype": "float64", "cache__kv_bytes": 2**20}
+    server = Running(AsyncEngine(Engine(settings(**flags))))
+    server.stop()
+    said = [line["message"] for line in log.lines if line["logger"] == "tokenloom.engine"]
+    assert said == ["the engine loop runs", "draining", "the engine loop ended"]
 
 
 def record(text, **values):

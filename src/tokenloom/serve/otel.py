@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,19 @@ def otlp() -> OtelTracing:
     return OtelTracing(provider)
 
 
+@dataclass(frozen=True)
+class _Open:
+    """A span that is open, and how far the wall clock was ahead of the monotonic one when it began: moments
+    of one request keep their distances whatever the wall clock does meanwhile."""
+
+    span: Span
+    ahead_ns: int
+
+    def ns(self, monotonic_s: float) -> int:
+        """A moment of the monotonic clock in Unix nanoseconds."""
+        return self.ahead_ns + int(monotonic_s * 1e9)
+
+
 class OtelTracing:
     """Implements `tracing.Tracing` on a provider of the SDK, whose sampler decides what is recorded."""
 
@@ -53,18 +67,20 @@ class OtelTracing:
         self.tracer = provider.get_tracer("tokenloom", __version__)
 
     def begin(self, record: RequestRecord, headers: Mapping[str, str]) -> str:
-        context = TraceContextTextMapPropagator().extract(headers)
-        record.span = self.tracer.start_span(
+        ahead_ns = time.time_ns() - int(time.monotonic() * 1e9)
+        span = self.tracer.start_span(
             record.method,
-            context,
+            TraceContextTextMapPropagator().extract(headers),
             kind=SpanKind.SERVER,
-            start_time=_ns(record.started_s),
+            start_time=ahead_ns + int(record.started_s * 1e9),
             attributes={"http.request.method": record.method, "tokenloom.request_id": record.request_id},
         )
-        return trace.format_trace_id(record.span.get_span_context().trace_id)
+        record.span = _Open(span, ahead_ns)
+        return trace.format_trace_id(span.get_span_context().trace_id)
 
     def end(self, record: RequestRecord) -> None:
-        span: Span = record.span
+        opened: _Open = record.span
+        span = opened.span
         assert record.ended_s is not None
         if span.is_recording():
             status = record.status or CLIENT_GONE
@@ -75,29 +91,29 @@ class OtelTracing:
             if status >= 500:
                 span.set_status(StatusCode.ERROR)
             for run in record.runs:
-                self._run(record, run)
-        span.end(_ns(record.ended_s))
+                self._run(record, run, opened)
+        span.end(opened.ns(record.ended_s))
 
-    def _run(self, record: RequestRecord, run: Request) -> None:
+    def _run(self, record: RequestRecord, run: Request, opened: _Open) -> None:
         assert record.ended_s is not None
         end = record.ended_s
         operation = _OPERATIONS.get(record.route, "chat" if run.kind == "generate" else "embeddings")
-        context = trace.set_span_in_context(record.span)
+        context = trace.set_span_in_context(opened.span)
         span = self.tracer.start_span(
             f"{operation} {record.model}",
             context,
-            start_time=_ns(run.arrival_s),
+            start_time=opened.ns(run.arrival_s),
             attributes={"gen_ai.operation.name": operation, **dict(_asked(record, run))},
         )
         inner = trace.set_span_in_context(span)
         for name, start, until, attributes in _phases(run, end):
-            phase = self.tracer.start_span(name, inner, start_time=_ns(start), attributes=attributes)
-            phase.end(_ns(until))
+            phase = self.tracer.start_span(name, inner, start_time=opened.ns(start), attributes=attributes)
+            phase.end(opened.ns(until))
         span.set_attributes(dict(_answered(record, run)))
         if record.error is not None:
             span.set_attribute("error.type", record.error)
             span.set_status(StatusCode.ERROR)
-        span.end(_ns(end))
+        span.end(opened.ns(end))
 
     def reporter(self, store: Store, job: JobRecord, ended: Callable[[], None]) -> JobReporter:
         span = self.tracer.start_span(
@@ -205,8 +221,3 @@ class _TracedReporter(JobReporter):
     def _end(self, how: str) -> None:
         self._span.set_attribute("tokenloom.job.ended", how)
         self._span.end()
-
-
-def _ns(monotonic_s: float) -> int:
-    """A moment of the monotonic clock in Unix nanoseconds."""
-    return time.time_ns() - int((time.monotonic() - monotonic_s) * 1e9)

@@ -95,9 +95,12 @@ def engine_id() -> str:
 
 
 def note_answer(answer: Stream) -> None:
-    """The engine begins an answer: it belongs to the HTTP request at hand, if there is one."""
+    """The engine begins an answer: it belongs to the HTTP request at hand, if there is one.
+
+    One that is over can still be at hand: for tasks that it began and left behind.
+    """
     record = _current.get()
-    if record is not None:
+    if record is not None and record.ended_s is None:
         record.answers.append(answer)
 
 
