@@ -48,7 +48,8 @@ class RequestContext:
         try:
             await self.app(scope, receive, send_with_id)
         except Exception as error:  # ours to explain: nothing of it may reach the client
-            logger.exception("request %s failed", request_id)
+            account = scope["state"].get("account")
+            logger.exception("request %s of %s failed", request_id, account.id if account else "nobody known")
             if status:
                 raise
             await as_api_error(error, request_id).response()(scope, receive, send_with_id)
