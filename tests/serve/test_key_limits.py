@@ -7,6 +7,8 @@ import pytest
 
 from fake_engine import FakeEngine
 from running import Running, assert_error, events, settings, wait_for
+from tokenloom.engine.async_engine import AsyncEngine
+from tokenloom.engine.engine import Engine
 from tokenloom.serve.errors import ApiError
 from tokenloom.serve.key_limits import Bucket, Meter
 from tokenloom.serve.key_ring import Account, KeyRing
@@ -228,3 +230,29 @@ def test_prefixes_are_shared_where_the_operator_says_so(serve):
     for key, salt in (("one", None), ("two", "x")):
         chat(server, key, cache_salt=salt)
     assert salts(server) == [None, "x"]
+
+
+def test_the_log_names_the_id_of_a_key_and_not_the_key(serve, caplog):
+    server = serve(server__api_keys=["sesame"])
+    server.engine.refuse = ZeroDivisionError("broken")
+    assert chat(server, "sesame").status_code == 500
+    [record] = [r.getMessage() for r in caplog.records if "failed" in r.getMessage()]
+    assert record.endswith("of api-1 failed")
+    assert "sesame" not in caplog.text
+
+
+def test_only_the_same_key_finds_its_cached_prefix(serve, tiny_folder):
+    """On the real engine: whether somebody else has sent a prompt cannot be told from the answer."""
+    engine = AsyncEngine(
+        Engine(settings(model__name=str(tiny_folder), server__api_keys=["one", "two"], cache__kv_bytes=2**22))
+    )
+    server = serve(engine=engine)
+    body = {"model": engine.model_name, "prompt": "the sea is wide and deep " * 8, "max_tokens": 1}
+
+    def cached(key):
+        answer = server.http.post("/v1/completions", json=body, headers=bearer(key)).json()
+        return answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    assert cached("one") == 0
+    assert cached("two") == 0
+    assert cached("one") > 0

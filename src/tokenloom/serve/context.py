@@ -12,7 +12,7 @@ from collections.abc import Callable
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tokenloom.logs import bound
+from tokenloom.logs import bound, fields
 from tokenloom.serve.errors import as_api_error
 from tokenloom.serve.request_record import RequestRecord, enter, leave
 from tokenloom.serve.security import UNCOUNTED_PATHS
@@ -69,7 +69,7 @@ class RequestContext:
         try:
             await self.app(scope, receive, send_with_id)
         except Exception as error:  # ours to explain: nothing of it may reach the client
-            logger.exception("the request failed")
+            logger.exception("the request failed", extra=fields(key=record.key))
             if record.status:
                 raise
             await as_api_error(error, request_id).response()(scope, receive, send_with_id)
