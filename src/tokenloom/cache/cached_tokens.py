@@ -73,8 +73,9 @@ class CachedTokens:
     @property
     def blocks_apart(self) -> list[int]:
         """Blocks of tokens outside the table: where there are some, only `attend` reads everything."""
-        ragged = self.ragged.blocks if self.ragged is not None else []
-        return ragged + (self.packed.blocks if self.packed is not None else [])
+        ragged, packed = self.ragged, self.packed  # read once: who watches asks from another thread
+        blocks = ragged.blocks if ragged is not None else []
+        return blocks + (packed.blocks if packed is not None else [])
 
     # -- reading ------------------------------------------------------------------------------------------
 
