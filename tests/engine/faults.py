@@ -15,6 +15,7 @@ from tokenloom.config import load_settings
 from tokenloom.engine.async_engine import AsyncEngine
 from tokenloom.engine.engine import Engine
 from tokenloom.engine.sampling_params import SamplingParams
+from tokenloom.methods.drafting.combination import draft_method
 from tokenloom.methods.kv.combination import combine
 from tokenloom.models.loader import open_model
 
@@ -53,12 +54,15 @@ def params(i: int, max_tokens: int = 20, **fields: Any) -> SamplingParams:
     return SamplingParams(temperature=1, seed=i, max_tokens=max_tokens, ignore_eos=True, **fields)
 
 
-async def answer(target: AsyncEngine, prompt: list[int], i: int, kv: str = "", **fields: Any) -> Any:
+async def answer(
+    target: AsyncEngine, prompt: list[int], i: int, kv: str = "", draft: str = "", **fields: Any
+) -> Any:
     """Tokens of each choice, the text, and how it ended."""
     chosen = params(i, **fields)
     tokens: dict[int, list[int]] = {n: [] for n in range(chosen.n)}
     text, ends, errors = "", [], []
-    async for output in target.generate(prompt, chosen, request_id=f"r{i}", kv=combine(kv)):
+    methods: dict[str, Any] = {"kv": combine(kv), "draft": draft_method(draft)}
+    async for output in target.generate(prompt, chosen, request_id=f"r{i}", **methods):
         for delta in output.deltas:
             tokens[delta.index] += delta.token_ids
             text += delta.text if delta.index == 0 else ""

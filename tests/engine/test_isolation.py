@@ -14,6 +14,7 @@ from faults import POISON, answer, answers, make, patch_forward, poisoned, settl
 from tiny_models import build_tiny
 from tokenloom.engine import engine as engine_module
 from tokenloom.engine.async_engine import AsyncEngine
+from tokenloom.methods.drafting.ngram import NgramDrafter
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +92,36 @@ async def test_a_pass_that_fails_once_costs_nobody_anything(target: AsyncEngine,
 
     patch_forward(target, fault)
     assert_alone(await answers(target, []), healthy, [])
+
+
+async def test_a_pass_that_verifies_guesses_is_run_again_without_them(
+    target: AsyncEngine, healthy: list[Any]
+) -> None:
+    failed = 0
+
+    def fault(batch: Any, hidden: torch.Tensor) -> None:
+        nonlocal failed
+        if any(segment.branches for segment in batch.segments):
+            failed += 1
+            raise RuntimeError
+
+    patch_forward(target, fault)
+    assert_alone(await answers(target, [], draft="ngram(fixed=True)"), healthy, [])
+    assert failed
+
+
+async def test_a_drafter_that_fails_ends_its_own_request(
+    target: AsyncEngine, healthy: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    propose = NgramDrafter.propose
+
+    def faulty(self: NgramDrafter, tokens: list[int], most: int) -> Any:
+        if tokens[0] == POISON:
+            raise IndexError
+        return propose(self, tokens, most)
+
+    monkeypatch.setattr(NgramDrafter, "propose", faulty)
+    assert_alone(await answers(target, [1], draft="ngram(fixed=True)"), healthy, [1])
 
 
 async def test_all_choices_of_a_poisoned_request_end_and_nobody_elses(target: AsyncEngine) -> None:
