@@ -7,7 +7,8 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from running import wait_for
+from fake_engine import FakeEngine
+from running import Running, settings, wait_for
 from tokenloom.cli import app
 from tokenloom.engine.composition import Rows
 from tokenloom.engine.overview import BlocksOverview, Overview, RequestOverview, TrainingOverview
@@ -50,13 +51,15 @@ def drawn(view, **options):
     return console.export_text()
 
 
-@pytest.fixture
-def watched(serve):
-    """A busy server over the fake engine, and what `top` makes of one snapshot of it."""
-    server = serve(slo__ttft_ms=150)
+@pytest.fixture(scope="module")
+def watched():
+    """What `top` makes of one snapshot of a busy server."""
+    server = Running(FakeEngine(settings(slo__ttft_ms=150)))
     server.engine.seen = busy(int(time.time()))
     server.engine.counters.ttft.add(0.3, time.monotonic())
-    return server, drawn(Watch(server.url).once())
+    text = drawn(Watch(server.url).once())
+    server.stop()
+    return text
 
 
 def test_once_prints_one_frame(serve):
@@ -68,7 +71,7 @@ def test_once_prints_one_frame(serve):
 
 
 def test_rates_are_of_the_last_ten_seconds(watched):
-    text = watched[1]
+    text = watched
     lines = {line.split()[1]: line for line in text.splitlines() if "rows/s" in line}
     assert "6.0 rows/s" in lines["prefill"] and "9.0 rows/s" in lines["decode"]
     assert "15.0 rows/s" in lines["training"] and "0.0 rows/s" in lines["drafted"]
@@ -76,20 +79,20 @@ def test_rates_are_of_the_last_ten_seconds(watched):
 
 
 def test_latencies_stand_beside_their_targets(watched):
-    [line] = [line for line in watched[1].splitlines() if "first token" in line]
+    [line] = [line for line in watched.splitlines() if "first token" in line]
     assert "300 ms" in line and "150 ms" in line and "0.0%" in line
-    [line] = [line for line in watched[1].splitlines() if "between tokens" in line]
+    [line] = [line for line in watched.splitlines() if "between tokens" in line]
     assert "–" in line
 
 
 def test_the_pool_is_a_bar_of_its_parts(watched):
-    assert "running 3  training 2  cached 1  free 2  of 8 blocks of 16 tokens" in watched[1]
-    bars = [line for line in watched[1].splitlines() if line.startswith("│ █")]
+    assert "running 3  training 2  cached 1  free 2  of 8 blocks of 16 tokens" in watched
+    bars = [line for line in watched.splitlines() if line.startswith("│ █")]
     assert [bar.count("█") for bar in bars] == [60, 60]
 
 
 def test_requests_are_a_table_without_control_characters(watched):
-    text = watched[1]
+    text = watched
     [line] = [line for line in text.splitlines() if "req-a" in line]
     for word in ("decode", "2.5 s", "40", "12/64", "sailor", "snapkv+pyramid"):
         assert word in line
@@ -98,7 +101,7 @@ def test_requests_are_a_table_without_control_characters(watched):
 
 
 def test_training_is_told_with_its_loss(watched):
-    assert "training now: step 7, loss 1.2500" in watched[1]
+    assert "training now: step 7, loss 1.2500" in watched
 
 
 def test_jobs_are_told_where_there_are_any(serve, tmp_path, monkeypatch):

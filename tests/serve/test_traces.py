@@ -35,15 +35,18 @@ CHAT = {"model": "fake", "messages": [{"role": "user", "content": SECRET}], "max
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
 
+STEP_S = 0.01
+
+
 class Traced:
     """A server over a fake engine, and the spans that it has ended."""
 
-    def __init__(self, **flags):
+    def __init__(self):
         self.exporter = InMemorySpanExporter()
         provider = TracerProvider()
         provider.add_span_processor(SimpleSpanProcessor(self.exporter))
         self.tracing = OtelTracing(provider)
-        self.server = Running(FakeEngine(settings(**flags), step_s=0.01), tracing=self.tracing)
+        self.server = Running(FakeEngine(settings(), step_s=STEP_S), tracing=self.tracing)
 
     def trace(self, count):
         """The spans by name, once there are as many."""
@@ -51,21 +54,25 @@ class Traced:
         return {span.name: span for span in self.exporter.get_finished_spans()}
 
 
+@pytest.fixture(scope="module")
+def one_server():
+    server = Traced()
+    yield server
+    server.server.stop()
+
+
 @pytest.fixture
-def traced():
-    started = []
-
-    def start(**flags):
-        started.append(Traced(**flags))
-        return started[-1]
-
-    yield start
-    for each in started:
-        each.server.stop()
+def traced(one_server):
+    """That server, which has told nothing yet."""
+    yield one_server
+    engine = one_server.server.engine
+    wait_for(lambda: engine.running == 0)
+    engine.fail_at, engine.step_s = None, STEP_S
+    one_server.exporter.clear()
 
 
 def test_a_request_is_a_tree_of_its_phases(traced):
-    server = traced()
+    server = traced
     server.server.http.post("/v1/chat/completions", json=CHAT)
     spans = server.trace(5)
     parent = {name: span.parent.span_id if span.parent else None for name, span in spans.items()}
@@ -81,7 +88,7 @@ def test_a_request_is_a_tree_of_its_phases(traced):
 
 
 def test_phases_follow_one_another_within_the_request(traced):
-    server = traced()
+    server = traced
     server.server.http.post("/v1/chat/completions", json=CHAT)
     spans = server.trace(5)
     root = spans["POST /v1/chat/completions"]
@@ -93,7 +100,7 @@ def test_phases_follow_one_another_within_the_request(traced):
 
 
 def test_attributes_follow_the_conventions_for_generative_ai(traced):
-    server = traced()
+    server = traced
     usage = server.server.http.post("/v1/chat/completions", json=CHAT).json()["usage"]
     spans = server.trace(5)
     call = dict(spans["chat fake"].attributes)
@@ -119,7 +126,7 @@ def test_attributes_follow_the_conventions_for_generative_ai(traced):
 
 
 def test_a_trace_begun_elsewhere_goes_on_here(traced):
-    server = traced()
+    server = traced
     headers = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
     server.server.http.get("/v1/models", headers=headers)
     span = server.trace(1)["GET /v1/models"]
@@ -128,13 +135,13 @@ def test_a_trace_begun_elsewhere_goes_on_here(traced):
 
 @pytest.mark.parametrize("header", ["", "00-zz-zz-01", f"00-{'0' * 32}-{PARENT}-01", "x" * 5000])
 def test_a_bad_traceparent_is_passed_over(traced, header):
-    server = traced()
+    server = traced
     assert server.server.http.get("/v1/models", headers={"traceparent": header}).status_code == 200
     assert server.trace(1)["GET /v1/models"].parent is None
 
 
 def test_a_trace_that_is_not_sampled_leaves_no_spans(traced):
-    server = traced()
+    server = traced
     headers = {"traceparent": f"00-{TRACE}-{PARENT}-00"}
     server.server.http.post("/v1/chat/completions", json=CHAT, headers=headers)
     server.server.http.get("/v1/models")
@@ -142,7 +149,7 @@ def test_a_trace_that_is_not_sampled_leaves_no_spans(traced):
 
 
 def test_no_span_holds_text(traced):
-    server = traced()
+    server = traced
     server.server.http.post("/v1/chat/completions", json=CHAT)
     server.trace(5)
     told = "".join(span.to_json() for span in server.exporter.get_finished_spans())
@@ -150,7 +157,7 @@ def test_no_span_holds_text(traced):
 
 
 def test_failures_are_errors_of_both_spans(traced):
-    server = traced()
+    server = traced
     server.server.engine.fail_at = 1
     assert server.server.http.post("/v1/chat/completions", json=CHAT).status_code == 500
     spans = server.trace(5)
@@ -160,7 +167,7 @@ def test_failures_are_errors_of_both_spans(traced):
 
 
 def test_a_client_that_goes_away_ends_its_spans(traced):
-    server = traced()
+    server = traced
     server.server.engine.step_s = 5
     with pytest.raises(httpx.ReadTimeout):
         server.server.http.post("/v1/chat/completions", json=CHAT, timeout=0.1)
@@ -170,7 +177,7 @@ def test_a_client_that_goes_away_ends_its_spans(traced):
 
 
 def test_embeddings_are_traced_without_a_decode(traced):
-    server = traced()
+    server = traced
     server.server.http.post("/v1/embeddings", json={"model": "fake", "input": "ab"})
     spans = server.trace(3)
     assert set(spans) == {"POST /v1/embeddings", "embeddings fake", "queue"}
@@ -178,16 +185,17 @@ def test_embeddings_are_traced_without_a_decode(traced):
 
 
 def test_probes_are_not_traced(traced):
-    server = traced()
+    server = traced
     for path in ("/health", "/ready", "/metrics", "/v1/models"):
         server.server.http.get(path)
     assert list(server.trace(1)) == ["GET /v1/models"]
 
 
 def test_log_lines_name_the_trace(traced, logged):
-    server, log = traced(), logged()
+    server, log = traced, logged()
     server.server.http.get("/v1/models", headers={"traceparent": f"00-{TRACE}-{PARENT}-01"})
     assert log.request()["trace_id"] == TRACE
+    server.trace(1)
 
 
 def run_job(folder, runner, stop=None):
@@ -291,16 +299,17 @@ def test_off_is_no_tracing_at_all():
 
 def test_only_one_module_imports_opentelemetry_and_nobody_imports_it_at_once():
     """Off means not imported: `serve/otel.py` alone does, and it is imported within a function alone."""
-    package = Path(tokenloom.__file__).parent
-    for path in package.rglob("*.py"):
-        tree = ast.parse(path.read_text())
-        for node in ast.walk(tree):
-            names = []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                names = [node.module or ""]
-            if any(name.startswith("opentelemetry") for name in names):
-                assert path.name == "otel.py"
-            if "tokenloom.serve.otel" in names:
-                assert node not in tree.body, path
+    for path in Path(tokenloom.__file__).parent.rglob("*.py"):
+        text = path.read_text()
+        if "otel" in text or "opentelemetry" in text:
+            tree = ast.parse(text)
+            for node in ast.walk(tree):
+                names = []
+                if isinstance(node, ast.Import):
+                    names = [alias.name for alias in node.names]
+                elif isinstance(node, ast.ImportFrom):
+                    names = [node.module or ""]
+                if any(name.startswith("opentelemetry") for name in names):
+                    assert path.name == "otel.py"
+                if "tokenloom.serve.otel" in names:
+                    assert node not in tree.body, path
