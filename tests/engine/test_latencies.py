@@ -2,8 +2,7 @@
 
 import pytest
 
-from tokenloom.engine.composition import Composition
-from tokenloom.engine.coserve import Iteration
+from tokenloom.engine.composition import Composition, Iteration
 from tokenloom.engine.latencies import BUCKETS_S, Latencies
 
 

@@ -5,12 +5,24 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from tokenloom.engine.coserve import Iteration
 
 KEEP_S = 180
+
+
+@dataclass(slots=True)
+class Iteration:
+    """What one iteration held and took; the rows of a run's report."""
+
+    at_s: float
+    inference_rows: int = 0
+    prefill_rows: int = 0
+    drafted_rows: int = 0
+    """Guesses; the other inference rows are decodes."""
+    train_rows: int = 0
+    piece_rows: int = 0
+    """Rows times layers of backward work, and rows of the loss."""
+    planned_ms: float = 0.0
+    measured_ms: float = 0.0
 
 
 @dataclass(slots=True)

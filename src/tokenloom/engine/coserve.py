@@ -7,13 +7,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 
 from tokenloom.batch import BatchBuilder
 from tokenloom.cache.block_pool import BlockPool, OutOfBlocks
 from tokenloom.cache.kv_cache import KVCache
 from tokenloom.config import Settings
-from tokenloom.engine.composition import Composition
+from tokenloom.engine.composition import Composition, Iteration
 from tokenloom.engine.drafting import features_of
 from tokenloom.engine.latency_model import Features, LatencyModel, bisect_rows
 from tokenloom.engine.scheduler import Plan, Scheduler
@@ -28,22 +27,6 @@ PROFILE_WAIT_S = 600.0
 SPATIAL_WAIT_S = 0.05
 DYNAMIC_BOUNDS = (32, 1024)
 DOUBT_AFTER = 64
-
-
-@dataclass(slots=True)
-class Iteration:
-    """What one iteration held and took; the rows of a run's report."""
-
-    at_s: float
-    inference_rows: int = 0
-    prefill_rows: int = 0
-    drafted_rows: int = 0
-    """Guesses; the other inference rows are decodes."""
-    train_rows: int = 0
-    piece_rows: int = 0
-    """Rows times layers of backward work, and rows of the loss."""
-    planned_ms: float = 0.0
-    measured_ms: float = 0.0
 
 
 class Coserver:

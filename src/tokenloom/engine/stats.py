@@ -6,13 +6,13 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from tokenloom.engine.composition import Rows
+from tokenloom.engine.composition import Iteration, Rows
 from tokenloom.engine.latencies import Latencies
 from tokenloom.engine.outputs import DraftCounts, FinishReason
 
 if TYPE_CHECKING:
     from tokenloom.cache.tier import Tier
-    from tokenloom.engine.coserve import Coserver, Iteration
+    from tokenloom.engine.coserve import Coserver
     from tokenloom.engine.request import Request
     from tokenloom.engine.training import Training
 
