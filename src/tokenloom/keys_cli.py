@@ -45,7 +45,16 @@ def list_keys(json_: Json = False, config: Config = None, set_: Set = None) -> N
         print(json.dumps([_fields(key) for key in keys], indent=2))
         return
     # Whole, however narrow the terminal: `revoke` wants it.
-    table = Table(Column("id", no_wrap=True, min_width=28), "name", "kind", "rpm", "tpm", "concurrent", "created", "revoked")
+    table = Table(
+        Column("id", no_wrap=True, min_width=28),
+        "name",
+        "kind",
+        "rpm",
+        "tpm",
+        "concurrent",
+        "created",
+        "revoked",
+    )
     for key in keys:
         limits = ("" if limit is None else str(limit) for limit in (key.rpm, key.tpm, key.max_concurrent))
         table.add_row(
