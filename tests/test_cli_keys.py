@@ -32,6 +32,7 @@ def test_a_key_is_printed_alone_and_kept(home):
     assert key.startswith("tl-" + listed["id"].removeprefix("key-"))
     assert (listed["name"], listed["admin"], listed["rpm"], listed["tpm"]) == ("laptop", False, 5, None)
     assert key.rpartition("-")[2] not in keys("list")
+    assert listed["id"] in keys("list")
 
 
 def test_a_revoked_key_stays_in_the_list():

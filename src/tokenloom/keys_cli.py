@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from tokenloom.cli_options import Config, Set, err, out, read_settings
 
@@ -44,7 +44,17 @@ def list_keys(json_: Json = False, config: Config = None, set_: Set = None) -> N
     if json_:
         print(json.dumps([_fields(key) for key in keys], indent=2))
         return
-    table = Table("id", "name", "kind", "rpm", "tpm", "concurrent", "created", "revoked")
+    # Whole, however narrow the terminal: `revoke` wants it.
+    table = Table(
+        Column("id", no_wrap=True, min_width=28),
+        "name",
+        "kind",
+        "rpm",
+        "tpm",
+        "concurrent",
+        "created",
+        "revoked",
+    )
     for key in keys:
         limits = ("" if limit is None else str(limit) for limit in (key.rpm, key.tpm, key.max_concurrent))
         table.add_row(

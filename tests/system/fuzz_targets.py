@@ -224,7 +224,7 @@ async def _form(data: bytes) -> bool:
 
 
 def _requests(loop: asyncio.AbstractEventLoop) -> Target:
-    engine = FakeEngine(settings())
+    engine = FakeEngine(settings(limits__max_tokens=16))  # it knows no end of its context
     engine.start()
     transport = httpx.ASGITransport(create_app(engine, engine.settings))
     client = httpx.AsyncClient(transport=transport, base_url="http://localhost")
