@@ -255,14 +255,16 @@ def main() -> None:
             finally:
                 server.kill()
             result["passed"] = result["passed"] and all(result[name]["checks"].values())
-    report(result, options.json)
+            for key, part in result[name].items():
+                print(f"| {name}: {key} | {json.dumps(part)} |", flush=True)
+    report({**result, **dict.fromkeys(names, "above")}, options.json, result)
 
 
-def report(result: dict[str, Any], path: Path | None) -> None:
-    """A table, the JSON, and the exit status."""
-    for name, value in result.items():
-        for key, part in value.items() if isinstance(value, dict) else [("", value)]:
-            print(f"| {name} {key} | {json.dumps(part)} |")
+def report(shown: dict[str, Any], path: Path | None, result: dict[str, Any] | None = None) -> None:
+    """A table of what is `shown`, the JSON of the `result`, by default the same, and the exit status."""
+    result = result or shown
+    for name, value in shown.items():
+        print(f"| {name} | {json.dumps(value)} |")
     if path is not None:
         path.write_text(json.dumps(result, indent=1))
     sys.exit(0 if result["passed"] else 1)

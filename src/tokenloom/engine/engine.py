@@ -342,10 +342,10 @@ class Engine:
                 outputs[sequence.request.request_id] = self._publish_prompt_only(sequence)
         for sequence, delta in gains.items():
             request = sequence.request
-            if request.request_id not in self.requests:
-                continue  # another of its choices was at fault
             output = outputs.get(request.request_id)
             if output is None:
+                if request.request_id not in self.requests:
+                    continue  # another of its choices was at fault
                 output = StepOutput(request.request_id, [], cached_tokens=request.cached_tokens)
                 outputs[request.request_id] = output
                 if request.first_token_s is None:

@@ -72,7 +72,7 @@ class Isolation:
         engine = self.engine
         if engine.under_way is None:
             raise error
-        plan, train_rows = engine.under_way
+        (plan, train_rows), engine.under_way = engine.under_way, None
         logger.warning("a pass failed and is run again", exc_info=error)
         training = engine.coserver.abandon() if train_rows else None
         requests = list(dict.fromkeys(sequence.request for sequence in plan.rows))
@@ -99,6 +99,7 @@ class Isolation:
         except Exception as error:
             if self.engine.under_way is None:
                 raise
+            self.engine.under_way = None
             if len(requests) == 1:
                 self.blame(next(iter(rows)), error)
                 return []
