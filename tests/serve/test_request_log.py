@@ -129,6 +129,15 @@ def test_what_a_request_leaves_behind_is_not_its_own():
     assert record.runs == ["during"]
 
 
+def test_a_record_follows_its_answer_to_another_run_of_the_loop():
+    record, answer = RequestRecord("r", "POST"), SimpleNamespace(request="first")
+    token = enter(record)
+    note_answer(answer)
+    leave(token)
+    answer.request = "second"  # what a loop that is started again does
+    assert record.runs == ["second"]
+
+
 def test_events_of_jobs_are_lines_with_the_jobs_id(logged, tmp_path):
     log, store, runner = logged(level="debug"), Store(tmp_path), FakeRunner()
     service = JobService(store, runner, trainable())
