@@ -134,12 +134,12 @@ def test_what_runs_for_ever_is_killed(source: str, monkeypatch: pytest.MonkeyPat
         ("{% for a in range(1000) %}{{ 'x' * 10000 }}{% endfor %}", "wrote over 4194304 characters"),
         ("{{ 'x' * 10000000000 }}", "over 512 MiB of memory"),
         ("{{ [1] * 10000000000 }}", "over 512 MiB of memory"),
-        ("{{ ('x' * 9999999) | replace('x', 'y' * 9999999) | length }}", "memory|refused"),
-        ("{{ '%9999999999d' | format(1) }}", "memory|refused"),
+        ("{{ ('x' * 9999999) | replace('x', 'y' * 9999999) | length }}", "memory|refused|seconds"),
+        ("{{ '%9999999999d' | format(1) }}", "memory|refused|seconds"),
         ("{{ 'x'.ljust(9999999999) | length }}", "over 512 MiB of memory"),
         (
             "{% set ns = namespace(x='x') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
-            "memory",
+            "memory|seconds",
         ),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
     ],
@@ -163,6 +163,20 @@ def test_a_process_that_was_ended_from_outside_is_started_again() -> None:
     process.kill()
     process.wait()
     assert ChatTemplate("{{ 1 + 1 }}").render() == "2"
+
+
+def test_a_process_that_does_not_start_is_no_fault_of_the_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "broken.py"
+    broken.write_text("raise SystemExit(1)")
+    monkeypatch.setattr(template_worker.template_process, "__file__", str(broken))
+    worker = template_worker.TemplateWorker()
+    with pytest.raises(OSError, match="it ended"):
+        worker.render("a", {}, 2.0)
+    monkeypatch.undo()
+    assert worker.render("a", {}, 2.0) == "a"
+    worker.close()
 
 
 def test_threads_get_their_own_texts() -> None:

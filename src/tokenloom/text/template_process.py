@@ -1,7 +1,7 @@
 """The process that chat templates run in: Jinja's sandbox, a limit of memory, and nothing worth stealing.
 
-Run as `python -m tokenloom.text.template_process` by `template_worker.py`. It imports no more than it needs,
-reads one JSON object per line (`source`, `variables`) and answers each with another (`text` or `error`). How
+Run as a file of its own by `template_worker.py`. It imports no more than it needs, nothing of tokenloom,
+reads one JSON object per line (`source`, `variables`), and answers each with another (`text` or `error`). How
 long it may take is the parent's business: a template can loop in more ways than can be counted from inside.
 """
 

@@ -7,6 +7,7 @@ from doubling a list until memory ends. A process can be limited in both, whatev
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import select
@@ -16,7 +17,7 @@ import threading
 import time
 from typing import Any
 
-from tokenloom.text.template_process import READY
+from tokenloom.text import template_process
 
 START_SECONDS = 60.0
 _MAX_ANSWER_BYTES = 64 << 20
@@ -56,13 +57,13 @@ class TemplateWorker:
             process.wait()
             for pipe in (process.stdin, process.stdout):
                 assert pipe is not None
-                pipe.close()
+                with contextlib.suppress(OSError):  # it would write what was left to write
+                    pipe.close()
 
     def _ask(self, request: bytes, max_seconds: float) -> bytes:
         if self._process is None or self._parent != os.getpid() or self._process.poll() is not None:
-            self.close()
-            self._process = self._start()
-        assert self._process.stdin is not None
+            self._start()
+        assert self._process is not None and self._process.stdin is not None
         try:
             self._process.stdin.write(request)
             self._process.stdin.flush()
@@ -76,13 +77,15 @@ class TemplateWorker:
             self.close()
             raise TemplateFailure("the model's chat template broke the process that it ran in") from None
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _start(self) -> None:
+        """Raises OSError (TimeoutError is one) if it does not come up."""
+        self.close()
         # No keys or tokens of this process's environment; modules are found where this one finds them.
         environment = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         if "TZ" in os.environ:
             environment["TZ"] = os.environ["TZ"]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tokenloom.text.template_process"],
+        self._process = subprocess.Popen(
+            [sys.executable, template_process.__file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -91,9 +94,14 @@ class TemplateWorker:
             start_new_session=True,  # Ctrl-C is for us, not for it
         )
         self._parent = os.getpid()
-        if self._line(process, START_SECONDS) != READY:
+        try:
+            said = self._line(self._process, START_SECONDS)
+        except OSError:
+            self.close()
+            raise
+        if said != template_process.READY:
+            self.close()
             raise OSError("the process for chat templates did not start")
-        return process
 
     def _line(self, process: subprocess.Popen[bytes], max_seconds: float) -> bytes:
         """What it says next. Raises TimeoutError, or OSError if it ends or never comes to an end."""
