@@ -172,7 +172,7 @@ def growth(samples: list[tuple[float, int]]) -> float:
 
 
 def phase(server: ServerProcess, minutes: float, tie: float, options: argparse.Namespace) -> dict[str, Any]:
-    tally, asked = Tally(), questions()
+    tally, asked = Tally(), questions()[:: options.every]
     server.start()
 
     async def reference() -> list[Answer]:
@@ -236,6 +236,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tie", type=float, default=0.5, help="log-probabilities that are a near tie")
+    parser.add_argument("--every", type=int, default=1, help="of the questions, one in so many")
     parser.add_argument("--phase", choices=list(PHASES), help="this one alone, for all of the time")
     parser.add_argument("--set", action="append", default=[], help="a setting of the servers, key=value")
     parser.add_argument("--json", type=Path, help="write the result here")
