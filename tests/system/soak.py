@@ -56,6 +56,8 @@ class Tally:
     asked: Counter[str] = field(default_factory=Counter)
     right: int = 0
     ties: Counter[str] = field(default_factory=Counter)
+    widest: float = 0.0
+    """Gap of the tie that was least near."""
     wrong: list[str] = field(default_factory=list)
     aborted: int = 0
     refused: Counter[int] = field(default_factory=Counter)
@@ -68,6 +70,7 @@ class Tally:
             self.right += 1
         elif gap <= tie:
             self.ties[question.kind] += 1
+            self.widest = max(self.widest, gap)
         else:
             method = question.body.get("kv") or question.body.get("draft") or ""
             self.wrong.append(f"question {number} ({question.kind} {method}): gap {gap:.4f}")
@@ -212,6 +215,7 @@ def phase(server: ServerProcess, minutes: float, tie: float, options: argparse.N
         "asked": dict(tally.asked),
         "right": tally.right,
         "near ties": dict(tally.ties),
+        "widest of them": round(tally.widest, 4),
         "wrong": tally.wrong[:50],
         "closed in mid-answer": tally.aborted,
         "refused": dict(tally.refused),
