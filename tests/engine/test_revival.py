@@ -80,6 +80,31 @@ async def test_streams_go_on_when_the_loop_dies(
     await closed(target, 1)
 
 
+@pytest.mark.parametrize(
+    ("methods", "flags"),
+    [
+        ({"kv": "snapkv(budget=8,window=4)"}, {}),
+        ({"draft": "ngram(fixed=True)"}, {}),
+        ({}, {"cache__tier": "host", "cache__tier_bytes": 2**20}),
+        ({}, {"scheduler__policy": "mlfq", "scheduler__mlfq_quantum": 4}),
+    ],
+)
+async def test_methods_tiers_and_policies_begin_again_with_it(
+    folder: Path, schedule: Any, methods: dict[str, str], flags: dict[str, Any]
+) -> None:
+    target = make(folder, **flags)
+    target.start()
+    expected = await answers(target, [], **methods)
+
+    def fault(scheduler: Scheduler, count: int) -> None:
+        if count == 8:
+            raise RuntimeError
+
+    schedule(fault)
+    assert await answers(target, [], **methods) == expected
+    await closed(target, 1)
+
+
 async def test_streams_go_on_when_an_iteration_hangs_and_its_thread_comes_back(
     folder: Path, healthy: list[Any]
 ) -> None:

@@ -56,6 +56,8 @@ class Tally:
     asked: Counter[str] = field(default_factory=Counter)
     right: int = 0
     ties: Counter[str] = field(default_factory=Counter)
+    widest: float = 0.0
+    """Gap of the tie that was least near."""
     wrong: list[str] = field(default_factory=list)
     aborted: int = 0
     refused: Counter[int] = field(default_factory=Counter)
@@ -68,6 +70,7 @@ class Tally:
             self.right += 1
         elif gap <= tie:
             self.ties[question.kind] += 1
+            self.widest = max(self.widest, gap)
         else:
             method = question.body.get("kv") or question.body.get("draft") or ""
             self.wrong.append(f"question {number} ({question.kind} {method}): gap {gap:.4f}")
@@ -172,7 +175,7 @@ def growth(samples: list[tuple[float, int]]) -> float:
 
 
 def phase(server: ServerProcess, minutes: float, tie: float, options: argparse.Namespace) -> dict[str, Any]:
-    tally, asked = Tally(), questions()
+    tally, asked = Tally(), questions()[:: options.every]
     server.start()
 
     async def reference() -> list[Answer]:
@@ -212,6 +215,7 @@ def phase(server: ServerProcess, minutes: float, tie: float, options: argparse.N
         "asked": dict(tally.asked),
         "right": tally.right,
         "near ties": dict(tally.ties),
+        "widest of them": round(tally.widest, 4),
         "wrong": tally.wrong[:50],
         "closed in mid-answer": tally.aborted,
         "refused": dict(tally.refused),
@@ -236,6 +240,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tie", type=float, default=0.5, help="log-probabilities that are a near tie")
+    parser.add_argument("--every", type=int, default=1, help="of the questions, one in so many")
     parser.add_argument("--phase", choices=list(PHASES), help="this one alone, for all of the time")
     parser.add_argument("--set", action="append", default=[], help="a setting of the servers, key=value")
     parser.add_argument("--json", type=Path, help="write the result here")
