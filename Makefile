@@ -19,8 +19,8 @@ test: dev
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal $(ARGS)
 
 check: dev
-	$(BIN)/ruff check src tests benchmarks examples
-	$(BIN)/ruff format --check src tests benchmarks examples
+	$(BIN)/ruff check src tests benchmarks examples deploy
+	$(BIN)/ruff format --check src tests benchmarks examples deploy
 	$(BIN)/mypy
 
 # The sanitizers' runtimes must be the first libraries of the process, and C++'s own with them, whose exceptions

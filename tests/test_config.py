@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,11 @@ def test_keys_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_home_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TOKENLOOM_HOME", str(tmp_path))
     assert home() == tmp_path
+
+
+@pytest.mark.parametrize("key", ["server.api_keys", "server.admin_keys"])
+@pytest.mark.parametrize("value", ["sesame", [["sesame"]], {"sesame": 1}, ["", "sesame"]])
+def test_a_key_in_the_wrong_form_is_not_repeated(key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"setting {key}") as error:
+        load_settings({key: value})
+    assert "sesame" not in "".join(traceback.format_exception(error.value))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shlex
 import sys
 from pathlib import Path
@@ -39,6 +38,7 @@ from tokenloom.cli_options import (
     read_settings,
 )
 from tokenloom.errors import TokenloomError
+from tokenloom.keys_cli import keys_app
 from tokenloom.train_cli import train_app
 from tokenloom.version import __version__
 
@@ -51,6 +51,7 @@ app.add_typer(models_app, name="models")
 app.add_typer(bench_app, name="bench")
 app.add_typer(calibrate_app, name="calibrate")
 app.add_typer(train_app, name="train")
+app.add_typer(keys_app, name="keys")
 
 
 def main() -> None:
@@ -103,10 +104,11 @@ def serve(
         "methods.draft": draft,
         **model_flags(model, dtype, device, quantize, backend, threads),
     }
+    from tokenloom.logs import set_up_logging
     from tokenloom.methods.defaults import with_drafter, with_methods
 
     settings = with_methods(read_settings(flags, config, set_))
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    set_up_logging(settings.logging)
     fetch(settings.model.name)
     from tokenloom.engine.async_engine import AsyncEngine
     from tokenloom.engine.engine import Engine
@@ -291,6 +293,21 @@ def finetune(
     folder = train_standalone(settings, data, output, validation, seed, options, display)
     use = shlex.join(["tokenloom", "chat", "--adapter", str(folder), "--model", settings.model.name])
     print(json.dumps({"adapter": str(folder)}) if json_ else f"The adapter is in {folder}. Try:\n{use}")
+
+
+@app.command()
+def top(
+    url: Annotated[str, typer.Option(help="Where the server listens.")] = "http://127.0.0.1:8000",
+    key: Annotated[
+        str, typer.Option(envvar="TOKENLOOM_API_KEY", help="An API key, if it asks for one.")
+    ] = "",
+    interval_s: Annotated[float, typer.Option(min=0.25, max=60, help="Seconds between frames.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Print one frame and exit.")] = False,
+) -> None:
+    """Watch a running server: iterations, latencies, KV pool, requests, jobs. Ctrl-C leaves."""
+    from tokenloom.top_cli import run_top
+
+    run_top(out, url, key, interval_s, once)
 
 
 @models_app.command("list")

@@ -35,6 +35,10 @@ class ConfigError(TokenloomError):
     """A setting is unknown, of the wrong type or out of range."""
 
 
+_SECRETS = ("server.api_keys", "server.admin_keys", "jobs.database_url")
+"""Settings that error messages do not repeat."""
+
+
 class _Branch(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
@@ -211,6 +215,47 @@ class LimitSettings(_Branch):
     max_tokens: int = Field(0, ge=0, description="Cap on generated tokens per choice; 0: the context.")
     max_prompts: int = Field(256, ge=1, description="Prompts in one completions or embeddings request.")
     max_concurrent: int = Field(256, ge=1, description="HTTP requests at work at the same time.")
+    max_total_tokens: int = Field(
+        2**20, ge=1, description="Tokens that one request may come to: prompts, and n answers to each."
+    )
+    key_rpm: int = Field(0, ge=0, description="Requests per minute of a user's key; 0: no limit.")
+    key_tpm: int = Field(0, ge=0, description="Tokens per minute of a user's key; 0: no limit.")
+    key_max_concurrent: int = Field(
+        0, ge=0, description="Requests of a user's key at work at the same time; 0: no limit."
+    )
+    max_unread: int = Field(
+        1024, ge=1, description="Iterations of an answer that its reader is behind; one more ends it."
+    )
+
+
+class LoggingSettings(_Branch):
+    """What the server writes to standard error."""
+
+    format: Literal["text", "json"] = Field("text", description="json: one object a line, for collectors.")
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    content: bool = Field(
+        False, description="Write prompts and answers to the log, too: they are personal data."
+    )
+
+
+class TracingSettings(_Branch):
+    """OpenTelemetry traces (the `otel` extra). All else is said by OpenTelemetry's own OTEL_* variables."""
+
+    exporter: Literal["none", "otlp"] = Field(
+        "none", description="otlp: spans go to OTEL_EXPORTER_OTLP_ENDPOINT, by HTTP."
+    )
+
+
+class WatchdogSettings(_Branch):
+    """When the engine's loop is started again."""
+
+    iteration_s: float = Field(
+        120.0, ge=0, description="An iteration that takes longer hangs; 0: none ever does."
+    )
+    max_restarts: int = Field(
+        3, ge=0, description="So many in window_s; after one more the server ends with status 1."
+    )
+    window_s: float = Field(600.0, gt=0)
 
 
 class ServerSettings(_Branch):
@@ -225,6 +270,11 @@ class ServerSettings(_Branch):
         default_factory=list,
         description="For loading adapters, and for all else; empty: api_keys are enough for that.",
     )
+    cache_per_key: bool = Field(
+        True,
+        description="Cached prefixes are shared within one key only; else a client could find out by "
+        "usage.cached_tokens how other keys' prompts begin.",
+    )
     served_model_name: str = Field("", description="Name in /v1/models; empty: the model's own.")
     cors_origins: list[str] = Field(default_factory=list, description="Empty: no cross-origin access.")
     allowed_hosts: list[str] = Field(
@@ -233,6 +283,9 @@ class ServerSettings(_Branch):
     )
     drain_timeout_s: float = Field(
         30.0, ge=0.0, description="On SIGTERM, how long running requests may go on."
+    )
+    dead_peer_s: float = Field(
+        60.0, ge=1.0, description="A client that reads nothing, or is silent, for so long is gone (Linux)."
     )
 
 
@@ -254,6 +307,9 @@ class Settings(BaseSettings):
     methods: MethodSettings = Field(default_factory=MethodSettings)
     drafting: DraftingSettings = Field(default_factory=DraftingSettings)
     limits: LimitSettings = Field(default_factory=LimitSettings)
+    logging: LoggingSettings = Field(default_factory=LoggingSettings)
+    tracing: TracingSettings = Field(default_factory=TracingSettings)
+    watchdog: WatchdogSettings = Field(default_factory=WatchdogSettings)
     server: ServerSettings = Field(default_factory=ServerSettings)
 
     @classmethod
@@ -310,6 +366,9 @@ def load_settings(flags: dict[str, Any] | None = None, config_file: Path | None 
         if error.title not in ("Settings",):
             where = f"{error.title.removesuffix('Settings').lower()}.{where}"
         source = f" (from {config_file} or the environment)" if config_file else ""
+        if where.startswith(_SECRETS):
+            # Neither in the message nor in a traceback below it.
+            raise ConfigError(f"setting {where}: {first['msg']}{source}") from None
         raise ConfigError(f"setting {where}: {first['msg']}, got {first['input']!r}{source}") from error
 
 

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+_LONGEST = 2000
+
 
 class TokenloomError(Exception):
-    """Base of every error that tokenloom raises on purpose; the CLI prints it as one line."""
+    """Base of every error that tokenloom raises on purpose; the CLI prints it as one line.
+
+    A message names what a file or a request holds, and that may be megabytes: its middle is left out then.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if len(text) <= _LONGEST:
+            return text
+        return f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 4 :]}"
 
 
 class ModelError(TokenloomError):
@@ -34,3 +45,7 @@ class EngineBusyError(TokenloomError):
 
 class EngineStoppedError(TokenloomError):
     """The engine is draining or has stopped and takes no new requests."""
+
+
+class GenerationError(TokenloomError):
+    """The engine failed on a request that it had taken."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -328,3 +330,18 @@ def test_pausing_what_is_not_running_names_both_states(service: JobService, runn
     job = wait_for(service, create(service), "succeeded")
     with pytest.raises(IllegalTransitionError, match="is succeeded and cannot become paused"):
         service.pause(job.id)
+
+
+def test_a_clock_that_jumps_neither_stops_jobs_nor_changes_their_order(
+    service: JobService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, jumps = time.time(), itertools.cycle((0, -1e8, 1e8, -1e6))
+    monkeypatch.setattr(time, "time", lambda: now + next(jumps))
+    ids = [create(service) for _ in range(3)]
+    for job_id in ids:
+        wait_for(service, job_id, "succeeded")
+        told = messages(service, job_id)
+        assert told[0] == "The job has successfully completed"
+        steps = [text for text in told if text.startswith("Step ")]
+        assert [text.split(":")[0] for text in steps] == ["Step 3", "Step 2", "Step 1"]
+    assert [job.id for job in service.store.jobs.list_jobs().data] == ids[::-1]

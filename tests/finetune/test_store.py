@@ -137,7 +137,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing(
 def test_a_full_disk_is_noticed_while_writing(tmp_path: Path) -> None:
     if not os.path.exists("/dev/full"):
         pytest.skip("this system has no /dev/full")
-    blob = Blob(tmp_path, max_bytes=2**30, room_bytes=None)
+    blob = Blob(tmp_path, max_bytes=2**30, quota=None)
     blob._file.close()
     blob._file = Path("/dev/full").open("wb")  # noqa: SIM115
     with blob, pytest.raises(StorageFullError):
@@ -190,3 +190,19 @@ def test_metrics_that_json_cannot_hold_become_null(store: Store) -> None:
     job = store.jobs.create(parse_job({"model": "tiny", "training_file": add(store).id}))
     store.log.add_metrics(job.id, 1, "nan \0 \ud800", {"train_loss": float("nan")}, 1, None)
     assert store.log.metrics(job.id) == [{"train_loss": None}]
+
+
+def test_uploads_at_the_same_time_share_one_quota(tmp_path: Path) -> None:
+    store = Store(tmp_path, quota_bytes=1000)
+    first, second = store.files.begin(), store.files.begin()
+    first.write(b"x" * 600)
+    with pytest.raises(StorageFullError, match="quota"):
+        second.write(b"x" * 600)
+    first.discard()
+    third = store.files.begin()
+    third.write(b"x" * 600)
+    store.files.add(third, "a.jsonl", "fine-tune")
+    second.write(b"x" * 400)
+    with pytest.raises(StorageFullError, match="quota"):
+        store.files.begin().write(b"x")
+    store.close()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import json
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,9 +12,13 @@ from typing import Any
 import pytest
 
 from fake_engine import FakeEngine
-from running import Running, settings
+from running import Running, settings, wait_for
 from tiny_models import build_tiny
+from tokenloom.config import LoggingSettings
+from tokenloom.logs import set_up_logging
 from tokenloom.serve.jobs import open_jobs
+from tokenloom.serve.key_ring import KeyRing
+from tokenloom.serve.key_store import KeyStore
 
 
 @pytest.fixture(scope="session")
@@ -25,14 +32,21 @@ def shared() -> Iterator[Running]:
 @pytest.fixture
 def serve() -> Iterator[Callable[..., Running]]:
     """Start a server over a fresh fake engine: `serve(step_s=0.1, limits__max_n=2)`. With `jobs` it has the
-    routes of files and jobs, too (and must be told not to train)."""
+    routes of files and jobs, too (and must be told not to train); with `store` the keys in it."""
     started: list[Running] = []
 
     def start(
-        *, step_s: float = 0.0, routers: Any = (), engine: Any = None, jobs: bool = False, **flags: Any
+        *,
+        step_s: float = 0.0,
+        routers: Any = (),
+        engine: Any = None,
+        jobs: bool = False,
+        store: KeyStore | None = None,
+        **flags: Any,
     ) -> Running:
         engine = engine or FakeEngine(settings(**flags), step_s=step_s)
-        started.append(Running(engine, routers, open_jobs(engine, engine.settings) if jobs else None))
+        keys = KeyRing(engine.settings, store)
+        started.append(Running(engine, routers, open_jobs(engine, engine.settings) if jobs else None, keys))
         return started[-1]
 
     yield start
@@ -61,3 +75,42 @@ def real(tiny_folder: Path) -> Iterator[Running]:
     running = Running(AsyncEngine(Engine(chosen)))
     yield running
     running.stop()
+
+
+class Log:
+    """The lines of this process since the fixture began."""
+
+    def __init__(self, stream: io.StringIO) -> None:
+        self.stream = stream
+
+    @property
+    def text(self) -> str:
+        return self.stream.getvalue()
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.text.splitlines()]
+
+    def request(self, count: int = 1) -> dict[str, Any]:
+        """The line of the last of `count` requests, once they are over."""
+        wait_for(lambda: len([x for x in self.lines if x["message"] == "request"]) >= count)
+        return [x for x in self.lines if x["message"] == "request"][-1]
+
+
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Log]]:
+    """Set the logging up as `tokenloom serve` does, with the stream in the place of standard error."""
+    root, own = logging.getLogger(), logging.getLogger("tokenloom")
+    handlers, levels = list(root.handlers), (root.level, own.level)
+
+    def start(**settings: Any) -> Log:
+        stream = io.StringIO()
+        monkeypatch.setattr("sys.stderr", stream)
+        set_up_logging(LoggingSettings(**{"format": "json", **settings}))
+        return Log(stream)
+
+    yield start
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    own.setLevel(levels[1])
+    logging.captureWarnings(False)

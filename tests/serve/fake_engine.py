@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 from tiny_models import CHAT_TEMPLATE, tiny_tokenizer
+from tokenloom.cache.block_pool import BlockPool
 from tokenloom.config import Settings
 from tokenloom.engine.adapters import AdapterRegistry, LoadedAdapter
 from tokenloom.engine.outputs import Delta, StepOutput, TokenLogprob
 from tokenloom.engine.overview import BlocksOverview, Overview
+from tokenloom.engine.request import Request, Sequence
 from tokenloom.engine.sampling_params import SamplingParams
 from tokenloom.engine.stats import EngineStats, RequestTiming
 from tokenloom.errors import EngineStoppedError, RequestError
@@ -54,9 +57,11 @@ class FakeEngine:
         self.fail_at: int | None = None
         self.break_at: int | None = None
         self.alive = False
+        self.failed = False
         self.draining = False
         self.running = 0
         self.abort_all = False
+        self.observe: Callable[[Any], None] = lambda stream: None
         self.seen = Overview([], 0, BlocksOverview(16, "rrffffff"), [], False, [])
         self.counters = EngineStats(kv_blocks_total=8, kv_blocks_used=2, iterations=5, batch_tokens=50)
 
@@ -100,12 +105,17 @@ class FakeEngine:
         self._admit(prompt_token_ids)
         call = Call(request_id, prompt_token_ids, params, priority, cache_salt, kv, draft, compress_upto)
         self.calls.append(call)
-        return FakeStream(self, call)
+        stream = FakeStream(self, call, adapter)
+        self.observe(stream)
+        return stream
 
     async def embed(
         self, prompt_token_ids: list[int], *, request_id: str, adapter: LoadedAdapter | None = None
     ) -> list[float]:
         self._admit(prompt_token_ids)
+        params = SamplingParams(max_tokens=0)
+        request = Request(request_id, prompt_token_ids, params, kind="embed", adapter=adapter)
+        self.observe(SimpleNamespace(request=request))
         try:
             await asyncio.sleep(self.step_s)
         except asyncio.CancelledError:
@@ -127,8 +137,16 @@ class FakeEngine:
 
 
 class FakeStream(AsyncIterator[StepOutput]):
-    def __init__(self, engine: FakeEngine, call: Call) -> None:
+    """Its `request` tells what the engine's own would: when it was scheduled, and what has been written."""
+
+    def __init__(self, engine: FakeEngine, call: Call, adapter: LoadedAdapter | None = None) -> None:
         self.engine, self.call = engine, call
+        self.request = Request(call.request_id, call.prompt, call.params, adapter=adapter)
+        self.request.scheduled_s = time.monotonic()
+        self.request.cached_tokens = 3
+        pool, tokenizer = BlockPool(1, 16), engine.tokenizer
+        for index in range(call.params.n):
+            self.request.sequences.append(Sequence(self.request, index, pool, tokenizer.detokenizer()))
         self.step = 0
         self.done = False
         engine.running += 1
@@ -158,6 +176,11 @@ class FakeStream(AsyncIterator[StepOutput]):
         elif step == engine.fail_at:
             reason, error = "error", "the engine failed on this request"
         deltas = [self._delta(index, step, reason, error) for index in range(params.n)]
+        self.request.first_token_s = self.request.first_token_s or time.monotonic()
+        for sequence, delta in zip(self.request.sequences, deltas, strict=True):
+            sequence.tokens += delta.token_ids
+            sequence.finish_reason = delta.finish_reason
+            sequence.last_token_s = time.monotonic()
         if reason is not None:
             self._end()
         prompt_logprobs = None

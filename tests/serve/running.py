@@ -13,6 +13,7 @@ import uvicorn
 from tokenloom.config import Settings, load_settings
 from tokenloom.serve.app import _Server, create_app
 from tokenloom.serve.jobs import Jobs
+from tokenloom.serve.key_ring import KeyRing
 
 
 def settings(**flags: Any) -> Settings:
@@ -25,9 +26,16 @@ def settings(**flags: Any) -> Settings:
 class Running:
     """Serves `engine` on a free port of 127.0.0.1 until `stop`."""
 
-    def __init__(self, engine: Any, routers: Any = (), jobs: Jobs | None = None) -> None:
-        self.engine = engine
-        self.app = create_app(engine, engine.settings, routers, jobs)
+    def __init__(
+        self,
+        engine: Any,
+        routers: Any = (),
+        jobs: Jobs | None = None,
+        keys: KeyRing | None = None,
+        tracing: Any = None,
+    ) -> None:
+        self.engine, self.jobs = engine, jobs
+        self.app = create_app(engine, engine.settings, routers, jobs, tracing, keys)
         listener = socket.socket()
         listener.bind(("127.0.0.1", 0))
         self.port = listener.getsockname()[1]

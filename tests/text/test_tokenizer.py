@@ -241,3 +241,17 @@ def test_other_kinds_of_tokenizer_are_refused(tmp_path: Path) -> None:
     backend.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ModelError, match=r"tokenizer\.json: decoder: \['WordPiece'\] is not supported"):
         Tokenizer.from_folder(tmp_path)
+
+
+def test_special_tokens_that_are_not_text_are_named(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "\\ud800"}')
+    with pytest.raises(ModelError, match="a special token is not text"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_a_template_file_that_is_not_text_is_named(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ModelError, match=r"chat_template.jinja: cannot be read"):
+        Tokenizer.from_folder(tmp_path)

@@ -43,6 +43,11 @@ class BlockPool:
         return len(self._free) + len(self._cached)
 
     @property
+    def num_cached(self) -> int:
+        """Blocks that nobody uses and whose content may be used again."""
+        return len(self._cached)
+
+    @property
     def num_used(self) -> int:
         return self.num_blocks - self.num_available
 
@@ -56,6 +61,17 @@ class BlockPool:
     def cached(self) -> list[int]:
         """Blocks that nobody holds and whose content may be reused, the oldest first."""
         return list(self._cached)
+
+    def counts(self) -> dict[str, int]:
+        """Blocks by state: `free`, `cached`, `in_use`, of these `shared`; and `indexed` by their content."""
+        refs = list(self._refs)
+        return {
+            "free": len(self._free),
+            "cached": len(self._cached),
+            "in_use": sum(count > 0 for count in refs),
+            "shared": sum(count > 1 for count in refs),
+            "indexed": len(self._digest_of),
+        }
 
     def allocate(self, after: int | None = None, room: int = 1) -> int:
         """Take a block, with one reference.
@@ -151,6 +167,13 @@ class BlockPool:
         digest = self._digest_of.pop(block, None)
         if digest is not None:
             del self._block_of[digest]
+
+    def disown(self, block: int) -> None:
+        """Drop the content of a block in use from the prefix index and the tier: it is not to be trusted."""
+        digest = self._digest_of.get(block)
+        self.unpublish(block)
+        if digest is not None and self.tier is not None:
+            self.tier.forget(digest)
 
     def is_published(self, block: int) -> bool:
         return block in self._digest_of

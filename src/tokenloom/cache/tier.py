@@ -118,6 +118,11 @@ class Tier:
                     self._reader = ThreadPoolExecutor(1, thread_name_prefix="tokenloom-tier")
                 self._ahead[digest] = self._reader.submit(self.store.read, self._slots[digest])
 
+    def forget(self, digest: bytes) -> None:
+        """Drop a block if it is here."""
+        if digest in self._slots:
+            self._drop(digest)
+
     def clear(self) -> None:
         """Forget everything."""
         for digest in list(self._slots):

@@ -202,6 +202,19 @@ class Coserver:
             share = self._record.inference_rows / (self._record.inference_rows + rows)
             self._prompts.add(self._prompts_done, share * measured_ms)
 
+    def abandon(self) -> Training | None:
+        """A batch with rows of training failed: the pass starts over. Whose they were."""
+        training = self._current
+        if training is not None:
+            training.reclaim()
+            self.num_restarts += 1
+        return training
+
+    def blame(self, training: Training, error: BaseException) -> None:
+        """Batches fail with this job's rows and run without them."""
+        if training in self.trainings:
+            self._fail(training, error)
+
     def no_batch(self) -> None:
         """The iteration had no batch, only pieces."""
         if self._record.piece_rows:

@@ -86,13 +86,17 @@ class Drafting:
 
     def plan(self, plan: Plan) -> None:
         """Add guesses to an iteration whose rows are planned, as far as rows and blocks are left over."""
-        asked = [
-            _Asked(sequence, guessing, tree)
-            for sequence in plan.rows
-            if sequence.request.draft is not None and sequence.num_pending == 1 and sequence.num_output
-            for guessing in (self._guessing(sequence),)
-            for tree in (self._propose(sequence, guessing),)
-        ]
+        asked = []
+        for sequence in list(plan.rows):
+            if sequence.request.draft is not None and sequence.num_pending == 1 and sequence.num_output:
+                try:
+                    guessing = self._guessing(sequence)
+                    asked.append(_Asked(sequence, guessing, self._propose(sequence, guessing)))
+                except Exception as error:
+                    for sibling in sequence.request.sequences:
+                        plan.drop(sibling)
+                    self.engine.on_fault(sequence, error)
+        asked = [part for part in asked if part.sequence in plan.rows]
         if not asked:
             return
         self._choose(plan, asked)
@@ -246,7 +250,8 @@ class Drafting:
         tops, guesses = self._tops(plan, logits), self._guesses(plan, hidden)
         for sequence, draft in plan.drafts.items():
             guessing = sequence.guessing
-            assert guessing is not None
+            if guessing is None:
+                continue  # the sequence was at fault
             for key, right in draft.results:
                 guessing.acceptance.count(key, right)
             if len(draft.tree):
@@ -260,7 +265,10 @@ class Drafting:
             verified = Verified(tokens, depths, accepted, tops.get(sequence, _NOTHING))
             if sequence in guesses:
                 verified.guesses = guesses[sequence]
-            guessing.drafter.learn(verified)
+            try:
+                guessing.drafter.learn(verified)
+            except Exception as error:
+                self.engine.on_fault(sequence, error)
         if self._latency is not None and measured_ms is not None:  # the co-server's own learns elsewhere
             self._latency.observe(self._features, measured_ms)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from tokenloom.batch import Batch, BatchBuilder, SegmentKind
 from tokenloom.cache.block_pool import BlockPool, OutOfBlocks
+from tokenloom.cache.kv_cache import KVCache
 from tokenloom.cache.policy import KVPolicy
 from tokenloom.cache.tier import open_tier
 from tokenloom.config import Settings
@@ -20,7 +22,7 @@ from tokenloom.engine.drafting import Drafting
 from tokenloom.engine.outputs import Delta, FinishReason, StepOutput, TokenLogprob
 from tokenloom.engine.prompt_rows import read_prompt_rows
 from tokenloom.engine.request import Request, Sequence
-from tokenloom.engine.sampler import sample
+from tokenloom.engine.sampler import sample_each
 from tokenloom.engine.scheduler import Plan, Scheduler
 from tokenloom.engine.setup import allocate_kv, choose_device, choose_dtype, choose_quantize
 from tokenloom.engine.stats import EngineStats, RequestTiming
@@ -76,21 +78,30 @@ class Engine:
         self.max_model_len = min(
             files.config.max_position, settings.model.max_model_len or files.config.max_position
         )
-        self.kv = allocate_kv(self.config, settings.cache, self.dtype, self.device, self.max_model_len)
-        self.pool = BlockPool(self.kv.num_blocks, self.kv.block_size)
-        self.pool.tier = open_tier(settings.cache, self.kv)
+        self.adapters = AdapterRegistry(settings.adapters.max_loaded)
+        self.end_tokens = files.config.eos_token_ids
+        self.counters = EngineStats()
+        self.timer: PhaseTimer = _untimed
+        self.on_fault: Callable[[Sequence, Exception], None] = _raise
+        """What a fault of one sequence alone comes to."""
+        self.begin(allocate_kv(self.config, settings.cache, self.dtype, self.device, self.max_model_len))
+
+    def begin(self, kv: KVCache) -> None:
+        """Start from nothing, with no request and nothing cached, on this memory."""
+        settings = self.settings
+        self.kv = kv
+        self.pool = BlockPool(kv.num_blocks, kv.block_size)
+        self.pool.tier = open_tier(settings.cache, kv)
         self.scheduler = Scheduler(
             settings.scheduler,
             self.pool,
             prefix_caching=settings.cache.prefix_caching,
-            copy_block=self.kv.copy_block,
+            copy_block=kv.copy_block,
         )
-        self.adapters = AdapterRegistry(settings.adapters.max_loaded)
-        self.coserver = Coserver(settings, self.scheduler, self.pool, self.decoder, self.kv)
-        self.end_tokens = files.config.eos_token_ids
+        self.coserver = Coserver(settings, self.scheduler, self.pool, self.decoder, kv)
         self.requests: dict[str, Request] = {}
-        self.counters = EngineStats()
-        self.timer: PhaseTimer = _untimed
+        self.under_way: tuple[Plan, int] | None = None
+        """The pass that the weights are computing, and its rows of training: nothing is changed by it yet."""
         self.drafting = Drafting(self)
 
     # -- requests ---------------------------------------------------------------------------------------
@@ -112,13 +123,18 @@ class Engine:
         self.validate(request)
         if request.request_id in self.requests:
             raise RequestError(f"request id {request.request_id!r} is in use", param="request_id")
-        leader = Sequence(request, 0, self.pool, self._detokenizer(request))
-        shape = request.shape(self.config, self.name)
-        leader.govern(self.kv, self.decoder.kernels, shape, self.decoder.rope.cos_sin)
+        leader = self.new_sequence(request, 0)
         request.sequences = [leader]
         self.requests[request.request_id] = request
         self.scheduler.add(leader)
         self.counters.prompt_tokens += len(request.prompt)
+
+    def new_sequence(self, request: Request, index: int) -> Sequence:
+        """A choice of a request, of which nothing is computed."""
+        sequence = Sequence(request, index, self.pool, self._detokenizer(request))
+        shape = request.shape(self.config, self.name)
+        sequence.govern(self.kv, self.decoder.kernels, shape, self.decoder.rope.cos_sin)
+        return sequence
 
     def abort(self, request_id: str) -> StepOutput | None:
         """End a request now and free what it holds; None if it is not known (any more)."""
@@ -158,14 +174,20 @@ class Engine:
         if not plan.rows and not train_rows:
             self.coserver.no_batch()
             return []
+        return self.run_pass(plan, train_rows)
+
+    def run_pass(self, plan: Plan, train_rows: int) -> list[StepOutput]:
+        """One pass over the weights, and what comes of it. If it fails while `under_way`, run it again."""
         start = time.monotonic()
+        self.under_way = plan, train_rows
         with self.timer("build"):
             batch = self._build(plan, train_rows)
         with self.timer("layers"):
             hidden = self.decoder.forward(batch, self.kv)
-        ready = self._advance(plan, batch, hidden)
         with self.timer("head"):
             logits = self.decoder.logits(hidden[batch.logits_rows]) if len(batch.logits_rows) else hidden
+        self.under_way = None
+        ready = self._advance(plan, batch, hidden)
         with self.timer("sample"):
             gains = self._write(plan, logits, *self._fork(plan, ready))
         took_ms = (time.monotonic() - start) * 1e3
@@ -225,19 +247,25 @@ class Engine:
     def _advance(self, plan: Plan, batch: Batch, hidden: Tensor) -> list[Sequence]:
         """Account for the rows just computed; returns the sequences whose tokens are all computed."""
         ready = []
+        faults: list[tuple[Sequence, Exception]] = []
         for (sequence, rows), segment in zip(plan.rows.items(), batch.segments, strict=False):
             before = sequence.num_computed
             sequence.num_computed += rows
-            if self.scheduler.prefix_caching:
-                sequence.publish_blocks(before)
-            if sequence.policy is not None:
-                self._drop_tokens(sequence)
-            request = sequence.request
-            if before < len(request.prompt) and request.reads_prompt_rows:
-                start = segment.span.start
-                read_prompt_rows(self.decoder, request, hidden[start : start + rows], before)
             if sequence.num_pending == 0:
                 ready.append(sequence)
+            if self.scheduler.prefix_caching:
+                sequence.publish_blocks(before)
+            request = sequence.request
+            try:
+                if sequence.policy is not None:
+                    self._drop_tokens(sequence)
+                if before < len(request.prompt) and request.reads_prompt_rows:
+                    start = segment.span.start
+                    read_prompt_rows(self.decoder, request, hidden[start : start + rows], before)
+            except Exception as error:
+                faults.append((sequence, error))
+        for sequence, fault in faults:
+            self.on_fault(sequence, fault)
         return ready
 
     @torch.inference_mode()
@@ -264,17 +292,18 @@ class Engine:
         for sequence in ready:
             if not _generates(sequence):
                 continue
-            sampling.append(sequence)
-            rows.append(row)
             request = sequence.request
-            if not request.forked and request.params.n > 1:
-                for index in range(1, request.params.n):
-                    sibling = sequence.fork(index, self._detokenizer(request))
-                    request.sequences.append(sibling)
-                    self.scheduler.start(sibling)
-                    sampling.append(sibling)
-                    rows.append(row)
-            request.forked = True
+            if sequence.finish_reason is None:
+                sampling.append(sequence)
+                rows.append(row)
+                if not request.forked and request.params.n > 1:
+                    for index in range(1, request.params.n):
+                        sibling = sequence.fork(index, self._detokenizer(request))
+                        request.sequences.append(sibling)
+                        self.scheduler.start(sibling)
+                        sampling.append(sibling)
+                        rows.append(row)
+                request.forked = True
             draft = plan.drafts.get(sequence)
             if draft is not None:
                 draft.first_row = row
@@ -289,10 +318,10 @@ class Engine:
         gains: dict[Sequence, Delta] = {}
         while sampling:
             here = logits if rows == list(range(len(logits))) else logits[rows]
-            tokens, logprobs = sample(here, sampling, self.end_tokens, self.decoder.kernels)
-            self.counters.generation_tokens += len(tokens)
+            drawn = sample_each(here, sampling, self.end_tokens, self.decoder.kernels, self.on_fault)
+            self.counters.generation_tokens += len(drawn)
             foretold = []
-            for sequence, token, logprob in zip(sampling, tokens, logprobs, strict=True):
+            for sequence, token, logprob in drawn:
                 delta = self._extend(sequence, token, logprob)
                 if sequence in gains:
                     gains[sequence].extend(delta)
@@ -309,12 +338,14 @@ class Engine:
         now = time.monotonic()
         outputs: dict[str, StepOutput] = {}
         for sequence in ready:
-            if not _generates(sequence):
+            if not _generates(sequence) and sequence.finish_reason is None:
                 outputs[sequence.request.request_id] = self._publish_prompt_only(sequence)
         for sequence, delta in gains.items():
             request = sequence.request
             output = outputs.get(request.request_id)
             if output is None:
+                if request.request_id not in self.requests:
+                    continue  # another of its choices was at fault
                 output = StepOutput(request.request_id, [], cached_tokens=request.cached_tokens)
                 outputs[request.request_id] = output
                 if request.first_token_s is None:
@@ -404,7 +435,7 @@ class Engine:
         stats, scheduler = self.counters, self.scheduler
         stats.running, stats.waiting = len(scheduler.running), len(scheduler.waiting)
         stats.kv_blocks_used, stats.kv_blocks_total = self.pool.num_used, self.pool.num_blocks
-        stats.kv_bytes_total = self.kv.num_bytes
+        stats.kv_blocks_cached, stats.kv_bytes_total = self.pool.num_cached, self.kv.num_bytes
         stats.prefix_queries_tokens = scheduler.prefix_queries
         stats.prefix_hits_tokens = scheduler.prefix_hits
         stats.draft_bytes = self.drafting.num_bytes
@@ -420,6 +451,10 @@ class Engine:
 def _generates(sequence: Sequence) -> bool:
     request = sequence.request
     return request.kind == "generate" and request.params.max_tokens != 0
+
+
+def _raise(sequence: Sequence, error: Exception) -> None:
+    raise error
 
 
 def _adapter_version(sequence: Sequence) -> int:

@@ -78,12 +78,12 @@ def overview(engine: Engine) -> Overview:
     """Look at an engine; from any thread."""
     requests, coserver = list(engine.requests.values()), engine.coserver
     running = set(engine.scheduler.running)
-    states = [(_state(request, running), request) for request in requests]
+    states = [(state_of(request, running), request) for request in requests]
     states.sort(key=lambda pair: pair[0] in ("waiting", "preempted"))
     now = time.monotonic()
     trainings = [t.progress for t in list(coserver.trainings)]
     return Overview(
-        requests=[_request(request, state, now) for state, request in states[:MOST_REQUESTS]],
+        requests=[look_at_request(request, state, now) for state, request in states[:MOST_REQUESTS]],
         num_requests=len(requests),
         blocks=_blocks(engine, bool(trainings)),
         trainings=[TrainingOverview(p.step, p.last_metrics.get("train_loss")) for p in trainings],
@@ -92,14 +92,16 @@ def overview(engine: Engine) -> Overview:
     )
 
 
-def _state(request: Request, running: set[Sequence]) -> State:
+def state_of(request: Request, running: set[Sequence]) -> State:
+    """What becomes of a request; `running` as the scheduler has it."""
     sequences = list(request.sequences)
     if not any(sequence in running for sequence in sequences):
         return "waiting" if request.scheduled_s is None else "preempted"
     return "prefill" if sequences[0].num_pending > 1 or not sequences[0].num_output else "decode"
 
 
-def _request(request: Request, state: State, now: float) -> RequestOverview:
+def look_at_request(request: Request, state: State, now: float) -> RequestOverview:
+    """One request; now: on the monotonic clock."""
     sequences, first = list(request.sequences), request.first_token_s
     return RequestOverview(
         id=request.request_id,

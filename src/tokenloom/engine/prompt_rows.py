@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tokenloom.engine.request import Request
-from tokenloom.engine.sampler import token_logprobs
+from tokenloom.engine.sampler import NotFiniteError, token_logprobs
 from tokenloom.models.decoder import Decoder
 
 # Log-probabilities need the logits of every prompt row; this many rows of them exist at a time.
@@ -14,7 +14,13 @@ _LOGITS_ROWS = 128
 
 
 def read_prompt_rows(decoder: Decoder, request: Request, hidden: Tensor, position: int) -> None:
-    """Collect it: hidden `[n, d]`, the first at `position`."""
+    """Collect it: hidden `[n, d]`, the first at `position`.
+
+    Raises:
+        NotFiniteError: a row holds something that is not a number.
+    """
+    if not hidden.isfinite().all():
+        raise NotFiniteError("a hidden state of the prompt is not a finite number")
     if request.kind == "embed":
         total = hidden.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32).sum(0)
         request.hidden_sum = total if request.hidden_sum is None else request.hidden_sum + total

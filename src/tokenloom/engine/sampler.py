@@ -4,7 +4,9 @@ depend on what else is in the batch."""
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +17,32 @@ from tokenloom.kernels import Kernels
 
 # How many candidates top-p looks at before it falls back to sorting the whole vocabulary.
 _TOP_P_CANDIDATES = 1024
+
+
+class NotFiniteError(ArithmeticError):
+    """What the model computed is not a number, so that nothing can be chosen by it."""
+
+
+def sample_each(
+    logits: Tensor,
+    sequences: list[Sequence],
+    end_tokens: tuple[int, ...],
+    kernels: Kernels,
+    on_fault: Callable[[Sequence, Exception], None],
+) -> list[tuple[Sequence, int, TokenLogprob | None]]:
+    """`sample` for each sequence that a token can be chosen for; `on_fault` hears of the others."""
+    try:
+        return list(zip(sequences, *sample(logits, sequences, end_tokens, kernels), strict=True))
+    except Exception as error:
+        if len(sequences) == 1:
+            on_fault(sequences[0], error)
+            return []
+    drawn = []
+    for i, sequence in enumerate(sequences):
+        # A sibling's fault may have ended this one already.
+        if sequence.finish_reason is None:
+            drawn += sample_each(logits[i : i + 1], [sequence], end_tokens, kernels, on_fault)
+    return [one for one in drawn if one[0].finish_reason is None]
 
 
 def sample(
@@ -29,6 +57,9 @@ def sample(
 
     Returns:
         M token ids, and for each its log-probability if the request asked for it.
+
+    Raises:
+        NotFiniteError: a row holds something that is not a number, or leaves nothing to choose.
     """
     wanting = [i for i, s in enumerate(sequences) if s.request.params.logprobs is not None]
     raw = logits[wanting] if wanting else logits
@@ -51,11 +82,20 @@ def sample(
 
 
 def _argmax(logits: Tensor) -> list[int]:
+    """The most likely token of each row. NaN counts as the largest number, so it is always found here."""
     if logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.float64):
         # NumPy's is vectorised: 0.1 against 0.9 ms for 16 rows of 49,152.
-        indices: list[int] = logits.numpy().argmax(-1).tolist()
-        return indices
-    return logits.argmax(-1).tolist()
+        rows = logits.numpy()
+        found = rows.argmax(-1)
+        finite = bool(np.isfinite(rows[np.arange(len(rows)), found]).all())
+        tokens: list[int] = found.tolist()
+    else:
+        best, indices = logits.max(-1)
+        finite = bool(best.isfinite().all())
+        tokens = indices.tolist()
+    if not finite:
+        raise NotFiniteError("the largest logit of a row is not a finite number")
+    return tokens
 
 
 def token_logprobs(logits: Tensor, tokens: list[int], counts: list[int]) -> list[TokenLogprob]:

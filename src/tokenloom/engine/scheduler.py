@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from bisect import insort
 from collections import Counter
@@ -13,6 +14,9 @@ from tokenloom.config import SchedulerSettings
 from tokenloom.engine.draft import Draft
 from tokenloom.engine.mlfq import Mlfq
 from tokenloom.engine.request import Request, Sequence
+from tokenloom.logs import fields
+
+logger = logging.getLogger("tokenloom.engine")
 
 
 @dataclass(slots=True)
@@ -23,6 +27,10 @@ class Plan:
     num_rows: int = 0
     drafts: dict[Sequence, Draft] = field(default_factory=dict)
     """Of sequences in decode whose next tokens are guessed: rows besides their own."""
+
+    def drop(self, sequence: Sequence) -> None:
+        """Without this one, if it is there."""
+        self.num_rows -= self.rows.pop(sequence, 0)
 
 
 class Scheduler:
@@ -173,11 +181,16 @@ class Scheduler:
                 self.copy_block(*copy)
 
     def _preempt(self, plan: Plan, victim: Sequence) -> None:
-        plan.num_rows -= plan.rows.pop(victim, 0)
-        self.running.remove(victim)
-        victim.restart_kv()
+        plan.drop(victim)
+        self.set_aside(victim)
         self.num_preemptions += 1
         self.add(victim)
+        logger.debug("preempted", extra=fields(request=victim.request.request_id, tokens=len(victim.tokens)))
+
+    def set_aside(self, sequence: Sequence) -> None:
+        """Let one that runs go without its blocks; `add` takes it back."""
+        self.running.remove(sequence)
+        sequence.restart_kv()
 
     def _admit(self, plan: Plan) -> None:
         while self.waiting and plan.num_rows < self.settings.max_batch_tokens:

@@ -70,6 +70,10 @@ class EngineStats:
     prefix_queries_tokens: int = 0
     prefix_hits_tokens: int = 0
     preemptions: int = 0
+    restarts: int = 0
+    """Of the engine's loop, after a failure or a hang."""
+    kv_blocks_cached: int = 0
+    """Blocks that nobody uses and the prefix cache keeps."""
     prefix_reads_saved: int = 0
     """Cached tokens that attention did not read again, since it read them for another sequence; per layer."""
     tier_bytes: int = 0

@@ -10,7 +10,8 @@ import contextlib
 import errno
 import hashlib
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tokenloom.durable import sync
@@ -21,6 +22,34 @@ _TEMPORARY = ".part"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+class Quota:
+    """Room for all files together, those on their way included: many uploads at once are held to it, too.
+
+    Args:
+        limit_bytes: of all of them.
+        stored: bytes of the files that are there.
+    """
+
+    def __init__(self, limit_bytes: int, stored: Callable[[], int]) -> None:
+        self._limit_bytes = limit_bytes
+        self._stored = stored
+        self._lock = threading.Lock()
+        self._on_their_way = 0
+
+    def take(self, num_bytes: int) -> None:
+        """Bytes of a file on its way. Raises StorageFullError if there is no room for them."""
+        with self._lock:
+            taken = self._stored() + self._on_their_way
+            if taken >= self._limit_bytes or taken + num_bytes > self._limit_bytes:
+                raise StorageFullError("the quota for files is used up; delete some files first")
+            self._on_their_way += num_bytes
+
+    def give_back(self, num_bytes: int) -> None:
+        """They are gone, or stored."""
+        with self._lock:
+            self._on_their_way -= num_bytes
+
+
 class Blob:
     """A file on its way to disk. Use as a context manager: what was not kept is gone at the end.
 
@@ -29,12 +58,13 @@ class Blob:
         size_bytes, sha256: of what has been written.
     """
 
-    def __init__(self, folder: Path, *, max_bytes: int, room_bytes: int | None) -> None:
+    def __init__(self, folder: Path, *, max_bytes: int, quota: Quota | None) -> None:
         self.id = new_id("file-")
         self.path = folder / self.id
         self.size_bytes = 0
         self._max_bytes = max_bytes
-        self._room_bytes = room_bytes
+        self._quota = quota
+        self._taken_bytes = 0
         self._hash = hashlib.sha256()
         self._temporary = folder / (self.id + _TEMPORARY)
         self._kept = False
@@ -52,8 +82,9 @@ class Blob:
             raise FileTooLargeError(
                 f"the file is larger than {self._max_bytes} bytes", param="file", code="file_too_large"
             )
-        if self._room_bytes is not None and self.size_bytes > self._room_bytes:
-            raise StorageFullError("the quota for files is used up; delete some files first")
+        if self._quota is not None:
+            self._quota.take(len(data))
+            self._taken_bytes += len(data)
         self._hash.update(data)
         with _no_room_is_explained():
             self._file.write(data)
@@ -70,6 +101,7 @@ class Blob:
     def keep(self) -> None:
         """The row is committed: the blob stays."""
         self._kept = True
+        self._give_back()
 
     def discard(self) -> None:
         """Remove the bytes, unless they are kept."""
@@ -78,6 +110,12 @@ class Blob:
                 self._file.close()
             self._temporary.unlink(missing_ok=True)
             self.path.unlink(missing_ok=True)
+            self._give_back()
+
+    def _give_back(self) -> None:
+        if self._quota is not None:
+            self._quota.give_back(self._taken_bytes)
+            self._taken_bytes = 0
 
     def __enter__(self) -> Blob:
         return self

@@ -14,7 +14,7 @@ from sqlalchemy.exc import IntegrityError
 
 from tokenloom.durable import sync
 from tokenloom.errors import RequestError
-from tokenloom.finetune.blobs import Blob, remove_orphans
+from tokenloom.finetune.blobs import Blob, Quota, remove_orphans
 from tokenloom.finetune.database import Database, claim_key, is_id, page
 from tokenloom.finetune.errors import NotFoundError, StorageFullError
 from tokenloom.finetune.records import LIVE, FileRecord, Page
@@ -41,6 +41,7 @@ class FileStore:
         self._folder = folder
         self.max_file_bytes = max_file_bytes
         self._quota_bytes = quota_bytes
+        self._quota = Quota(quota_bytes, self._stored_bytes)
         folder.mkdir(parents=True, exist_ok=True)
 
     def begin(self, *, within_quota: bool = True) -> Blob:
@@ -48,13 +49,10 @@ class FileStore:
 
         Results of a job are written outside the quota: a full quota must not lose a finished job.
         """
-        room = None
-        if self._quota_bytes and within_quota:
-            with self._database.read() as connection:
-                room = self._quota_bytes - self._used(connection)
-            if room <= 0:
-                raise StorageFullError("the quota for files is used up; delete some files first")
-        return Blob(self._folder, max_bytes=self.max_file_bytes, room_bytes=room)
+        quota = self._quota if self._quota_bytes and within_quota else None
+        if quota is not None:
+            quota.take(0)
+        return Blob(self._folder, max_bytes=self.max_file_bytes, quota=quota)
 
     def add(
         self,
@@ -181,6 +179,10 @@ class FileStore:
     def _bury(self, connection: Connection, file_id: str) -> None:
         buried = update(files).where(files.c.id == file_id).values(deleted_at=int(time.time()))
         connection.execute(buried)
+
+    def _stored_bytes(self) -> int:
+        with self._database.read() as connection:
+            return self._used(connection)
 
     def _used(self, connection: Connection) -> int:
         total = select(func.coalesce(func.sum(files.c.bytes), 0)).where(files.c.deleted_at.is_(None))

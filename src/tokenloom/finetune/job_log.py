@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from pathlib import Path
@@ -13,6 +14,11 @@ from tokenloom.finetune.database import Database, is_id, new_id, page
 from tokenloom.finetune.errors import NotFoundError
 from tokenloom.finetune.records import CheckpointRecord, EventRecord, Level, Page, TunedModel
 from tokenloom.finetune.schema import checkpoints, events, jobs
+from tokenloom.logs import fields
+
+logger = logging.getLogger("tokenloom.finetune")
+
+_LOG_LEVELS: dict[Level, int] = {"info": logging.INFO, "warn": logging.WARNING, "error": logging.ERROR}
 
 
 class JobLog:
@@ -122,10 +128,15 @@ def job_row(connection: Connection, job_id: str, *, lock: bool = False) -> Row[A
 def add_event(
     connection: Connection, job_id: str, message: str, level: Level = "info", **values: Any
 ) -> None:
-    """Add an event within the caller's transaction; its type is "message" unless `values` say otherwise."""
+    """Add an event within the caller's transaction; its type is "message" unless `values` say otherwise.
+
+    The process's log has it, too: steps (metrics) as debug lines.
+    """
     row = {"type": "message", "message": storable(message), "level": level, **values}
     now = int(time.time())
     connection.execute(insert(events).values(id=new_id("ftevent-"), job_id=job_id, created_at=now, **row))
+    shown = logging.DEBUG if row["type"] == "metrics" else _LOG_LEVELS[level]
+    logger.log(shown, "job: %s", message, extra=fields(job=job_id))
 
 
 def storable(text: str) -> str:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 from tokenloom.engine.async_engine import AsyncEngine
-from tokenloom.errors import EngineStoppedError, TokenloomError
+from tokenloom.engine.engine import Engine
+from tokenloom.errors import TokenloomError
 from tokenloom.finetune.checkpoint import latest_state, save_state
 from tokenloom.finetune.data import load_samples
 from tokenloom.finetune.errors import StorageFullError
@@ -182,7 +183,15 @@ class _Run:
         self.engine.engine.coserver.remove(trainer)
 
     def _train(self) -> Callable[[], None]:
-        job, engine = self.job, self.engine.engine
+        """Train to the end; from the newest checkpoint if another engine takes this one's place."""
+        end = None
+        while end is None:
+            end = self._train_on(self.engine.engine)
+        return end
+
+    def _train_on(self, engine: Engine) -> Callable[[], None] | None:
+        """How the run ends; None: the engine was given up."""
+        job = self.job
         hyper = job.hyperparameters
         assert hyper is not None
         limit = hyper.training.max_seq_tokens
@@ -212,8 +221,10 @@ class _Run:
             try:
                 event = self.events.get(timeout=ENGINE_CHECK_S)
             except queue.Empty:
-                if not self.engine.alive:
-                    raise EngineStoppedError("the engine stopped") from None
+                if self.engine.failed:
+                    return self.reporter.paused  # for the process that comes after this one
+                if self.engine.engine is not engine:
+                    return None
                 continue
             end = self._handle(event)
             if end is not None:
@@ -223,6 +234,8 @@ class _Run:
         """On the engine's thread: join the jobs that train, and see to it that latencies can be foretold."""
         engine, adapter = self.engine.engine, self.adapter
         assert adapter is not None
+        if trainer.engine is not engine:
+            return  # another engine has taken its place
         coserver = engine.coserver
         if coserver.mode == "coserve" and coserver.latency is None and coserver.profiler is None:
             coserver.latency = stored_profile(engine, self.home)

@@ -8,9 +8,11 @@ from __future__ import annotations
 from sqlalchemy import (
     JSON,
     BigInteger,
+    Boolean,
     Column,
     ForeignKey,
     Integer,
+    LargeBinary,
     MetaData,
     String,
     Table,
@@ -44,6 +46,24 @@ store = Table(
     Column("schema_version", Integer, nullable=False),
 )
 """One row: which store this is. The folder of files holds the same id, so that the two cannot be mixed up."""
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    _seq(),
+    _id(),
+    Column("name", Text, nullable=False),
+    Column("admin", Boolean, nullable=False),
+    Column("salt", LargeBinary(16), nullable=False),
+    Column("digest", LargeBinary(32), nullable=False),
+    Column("rpm", BigInteger),
+    Column("tpm", BigInteger),
+    Column("max_concurrent", BigInteger),
+    Column("created_at", BigInteger, nullable=False),
+    # Rows are never deleted: a server whose last key was revoked must not open to everybody.
+    Column("revoked_at", BigInteger),
+    sqlite_autoincrement=True,
+)
 
 files = Table(
     "files",

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -52,6 +52,9 @@ class JobService:
 
     `pause`, `resume` and `cancel` change a job's state at once. A run that was asked to stop still counts
     until it has answered, so that a job never runs twice at the same time.
+
+    Args:
+        report: makes the reporter of each run, as `JobReporter` is made.
     """
 
     def __init__(
@@ -61,12 +64,14 @@ class JobService:
         models: Mapping[str, TrainableModel],
         *,
         max_concurrent: int = 1,
+        report: Callable[[Store, JobRecord, Callable[[], None]], JobReporter] = JobReporter,
     ) -> None:
         self.store = store
         self.files = store.files
         self._runner = runner
         self._models = models
         self._max_concurrent = max_concurrent
+        self._report = report
         self._active: set[str] = set()
         self._changed = threading.Condition(threading.RLock())
         self._stopping = False
@@ -209,7 +214,7 @@ class JobService:
             if waiting is None:
                 return False
             job = self.store.jobs.move(waiting.id, "running", "The job has started")
-            reporter = JobReporter(self.store, job, lambda: self._ended(job.id))
+            reporter = self._report(self.store, job, lambda: self._ended(job.id))
             self._active.add(job.id)
             try:
                 job.checkpoint_dir.mkdir(parents=True, exist_ok=True)

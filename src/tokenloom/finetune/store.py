@@ -15,6 +15,9 @@ from tokenloom.finetune.file_store import MAX_FILE_BYTES, FileStore
 from tokenloom.finetune.job_log import JobLog
 from tokenloom.finetune.job_store import JobStore
 
+DATABASE_FILE = "jobs.sqlite"
+"""In the home folder, unless a database URL is given."""
+
 
 class Store:
     """Files and jobs under one home folder, for one process at a time.
@@ -44,7 +47,7 @@ class Store:
         self.home.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.home / "lock")
         try:
-            self._database = Database(url or URL.create("sqlite", database=str(self.home / "jobs.sqlite")))
+            self._database = Database(url or URL.create("sqlite", database=str(self.home / DATABASE_FILE)))
         except StoreError:
             os.close(self._lock)
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 import socket
 import threading
@@ -15,21 +16,32 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from tokenloom.config import ConfigError, Settings
 from tokenloom.engine.async_engine import AsyncEngine
+from tokenloom.errors import EngineStoppedError
 from tokenloom.serve.adapter_folder import AdapterFolder
 from tokenloom.serve.adapters import AdapterLoader, adapters_router
 from tokenloom.serve.basic import embeddings_router, health_router, models_router, tokens_router
 from tokenloom.serve.chat import chat_router
 from tokenloom.serve.completions import completions_router
 from tokenloom.serve.context import RequestContext
+from tokenloom.serve.debug import debug_router
 from tokenloom.serve.errors import install_error_handlers
 from tokenloom.serve.jobs import Jobs, open_jobs
+from tokenloom.serve.key_limits import RATE_HEADERS, KeyLimits, Meters
+from tokenloom.serve.key_ring import KeyRing, open_key_store
+from tokenloom.serve.listening import listen
 from tokenloom.serve.live import live_router
 from tokenloom.serve.methods import methods_router
 from tokenloom.serve.metrics import Metrics, metrics_router
 from tokenloom.serve.models import Models
+from tokenloom.serve.pulse import PATIENCE, prove_life
+from tokenloom.serve.request_log import RequestLog
+from tokenloom.serve.request_record import note_answer, note_model
 from tokenloom.serve.security import LOOPBACK, BodyLimit, ConcurrencyLimit, HostCheck, KeyCheck
 from tokenloom.serve.static import static_router
+from tokenloom.serve.tracing import Tracing, open_tracing
 from tokenloom.version import __version__
+
+logger = logging.getLogger("tokenloom.serve")
 
 
 def create_app(
@@ -37,6 +49,8 @@ def create_app(
     settings: Settings,
     routers: Sequence[APIRouter] = (),
     jobs: Jobs | None = None,
+    tracing: Tracing | None = None,
+    keys: KeyRing | None = None,
 ) -> FastAPI:
     """The ASGI application. Its lifespan starts and stops the engine, the jobs and the adapters' folder.
 
@@ -44,11 +58,19 @@ def create_app(
         routers: more routes, behind the same checks and error handlers; the ones that read JSON should be
             built with `route_class=JSONRoute`.
         jobs: files and fine-tuning jobs (`open_jobs`); None leaves their routes out.
+        tracing: of requests (`open_tracing`); None: no traces.
+        keys: who may use it; None takes the keys of the settings alone.
     """
     metrics = Metrics(engine)
     loader = AdapterLoader(engine, settings)
     folder = AdapterFolder(loader) if settings.adapters.watch else None
-    models = Models(engine, loader, jobs.service if jobs else None, metrics.count_request)
+    engine.observe = note_answer
+
+    def named(model: str) -> None:
+        metrics.count_request(model)
+        note_model(model)
+
+    models = Models(engine, loader, jobs.service if jobs else None, named)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -87,33 +109,37 @@ def create_app(
         health_router(engine),
         metrics_router(metrics),
         live_router(engine, settings),
+        debug_router(engine, settings, jobs.service if jobs else None),
         methods_router(),
         static_router(),
         *(jobs.routers() if jobs else ()),
         *routers,
     ):
         app.include_router(router)
-    _add_checks(app, settings, metrics)
+    _add_checks(app, settings, metrics, keys or KeyRing(settings))
+    log = RequestLog(settings.logging, engine.tokenizer)
+    app.add_middleware(RequestContext, count=metrics.count_answer, done=log, tracing=tracing)
     return app
 
 
-def _add_checks(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
+def _add_checks(app: FastAPI, settings: Settings, metrics: Metrics, keys: KeyRing) -> None:
     """From the inside out: the one added last sees a request first."""
+    meters = Meters()
+    metrics.registry.register(meters)
     app.add_middleware(BodyLimit, settings=settings)
     app.add_middleware(ConcurrencyLimit, settings=settings)
-    if settings.server.api_keys:
-        app.add_middleware(KeyCheck, settings=settings)
+    app.add_middleware(KeyLimits, meters=meters)
+    app.add_middleware(KeyCheck, keys=keys)
     if settings.server.cors_origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.server.cors_origins,
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["authorization", "content-type", "idempotency-key", "x-request-id"],
-            expose_headers=["x-request-id", "retry-after"],
+            expose_headers=["x-request-id", "retry-after", *RATE_HEADERS],
         )
     if settings.server.host in LOOPBACK:
         app.add_middleware(HostCheck, settings=settings)
-    app.add_middleware(RequestContext, count=metrics.count_answer)
 
 
 class _Server(uvicorn.Server):
@@ -163,24 +189,26 @@ def run_server(
 
     Raises:
         ConfigError: the address cannot be listened on.
+        EngineStoppedError: the engine failed for good; whoever watches this process should start it again.
     """
     server = settings.server
-    family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((server.host, server.port))
-    except OSError as error:
-        listener.close()
-        raise ConfigError(
-            f"server.host, server.port: cannot listen on {server.host}:{server.port}: {error}"
-        ) from error
-    host = f"[{server.host}]" if family == socket.AF_INET6 else server.host
+    listener = listen(server)
+    host = f"[{server.host}]" if listener.family == socket.AF_INET6 else server.host
     url = f"http://{host}:{listener.getsockname()[1]}"
-    jobs = open_jobs(engine, settings)
+    tracing = open_tracing(settings.tracing)
+    jobs = open_jobs(engine, settings, tracing)
+    try:
+        keys = KeyRing(settings, open_key_store(settings))
+    except ConfigError:
+        jobs.close()
+        listener.close()
+        raise
+    if server.host not in LOOPBACK and not keys.asks:
+        logger.warning("everybody who reaches %s may use this server: it has no API keys", url)
     config = uvicorn.Config(
-        create_app(engine, settings, jobs=jobs),
+        create_app(engine, settings, jobs=jobs, tracing=tracing, keys=keys),
         log_level="warning",
+        log_config=None,  # its lines go where ours go
         access_log=False,
         ws="none",
         # The engine has drained by then; what remains are idle connections and slow readers.
@@ -190,12 +218,15 @@ def run_server(
 
     async def serve() -> None:
         process = _Server(config, engine, server.drain_timeout_s, jobs)
+        engine.on_failure = lambda: setattr(process, "should_exit", True)
         running = asyncio.create_task(process.serve(sockets=[listener]))
+        pulse = asyncio.create_task(prove_life(PATIENCE * settings.watchdog.iteration_s))
         while not process.started and not running.done():
             await asyncio.sleep(0.01)
         if process.started:
             announce(url)
         await running
+        pulse.cancel()
 
     try:
         asyncio.run(serve())
@@ -203,3 +234,8 @@ def run_server(
         jobs.stop()
         engine.shutdown()
         jobs.close()
+        keys.close()
+        if tracing is not None:
+            tracing.close()
+    if engine.failed:
+        raise EngineStoppedError("the engine failed for good; the log tells why")

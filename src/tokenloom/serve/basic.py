@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import struct
-import uuid
 
 from fastapi import APIRouter, Request, Response
 
@@ -16,8 +15,9 @@ from tokenloom.serve.chat import render
 from tokenloom.serve.chat_protocol import TokenizeRequest
 from tokenloom.serve.completions import token_prompts
 from tokenloom.serve.errors import DRAIN_RETRY_AFTER_S, ERROR_RESPONSES, ApiError, ModelNotFoundError
-from tokenloom.serve.generation import encode, prompt_is, until_disconnect
+from tokenloom.serve.generation import check_total_tokens, encode, prompt_is, until_disconnect
 from tokenloom.serve.json_body import JSONRoute, write_json
+from tokenloom.serve.key_limits import current_meter
 from tokenloom.serve.models import Models
 from tokenloom.serve.protocol import (
     DetokenizeRequest,
@@ -33,6 +33,7 @@ from tokenloom.serve.protocol import (
     TokenizeResponse,
     Version,
 )
+from tokenloom.serve.request_record import engine_id
 from tokenloom.version import __version__
 
 
@@ -72,6 +73,10 @@ def embeddings_router(engine: AsyncEngine, models: Models) -> APIRouter:
         adapter = await models.resolve(body.model)
         prompts = await token_prompts(engine, body.input, "input")
         with prompt_is("input"):
+            check_total_tokens(engine, prompts)
+            meter = current_meter()
+            if meter is not None:
+                meter.admit_prompts(sum(map(len, prompts)))
             vectors = await until_disconnect(request.receive, _embed_all(engine, prompts, adapter))
         total = sum(len(prompt) for prompt in prompts)
         encode_vector = _base64 if body.encoding_format == "base64" else list[float]
@@ -95,7 +100,7 @@ async def _embed_all(
 ) -> list[list[float]]:
     """All vectors, or the first failure: then the rest is aborted, as it is when this is cancelled."""
     tasks = [
-        asyncio.ensure_future(engine.embed(prompt, request_id=uuid.uuid4().hex, adapter=adapter))
+        asyncio.ensure_future(engine.embed(prompt, request_id=engine_id(), adapter=adapter))
         for prompt in prompts
     ]
     try:

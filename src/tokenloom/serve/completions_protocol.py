@@ -12,6 +12,8 @@ from tokenloom.engine.sampling_params import MAX_LOGPROBS
 from tokenloom.errors import RequestError
 from tokenloom.serve.protocol import Flag, Integer, Prompt, PromptLogprobs, SamplingFields, Usage
 
+MAX_BEST_OF = 20
+
 
 class CompletionRequest(SamplingFields):
     """POST /v1/completions. `prompt`: text, a list of texts, token ids, or a list of lists of ids.
@@ -25,7 +27,7 @@ class CompletionRequest(SamplingFields):
     max_tokens: Integer | None = Field(None, ge=0, lt=2**31)
     echo: Flag | None = None
     logprobs: Integer | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    best_of: Integer | None = Field(None, ge=1)
+    best_of: Integer | None = Field(None, ge=1, le=MAX_BEST_OF)
 
     @model_validator(mode="after")
     def _check(self) -> CompletionRequest:

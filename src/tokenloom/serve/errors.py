@@ -13,7 +13,14 @@ from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from tokenloom.errors import EngineBusyError, EngineStoppedError, RequestError, TokenloomError
+from tokenloom.errors import (
+    EngineBusyError,
+    EngineStoppedError,
+    GenerationError,
+    RequestError,
+    TokenloomError,
+)
+from tokenloom.serve.request_record import note_error
 
 DRAIN_RETRY_AFTER_S = 5
 
@@ -29,10 +36,6 @@ class ErrorDetail(BaseModel):
 
 class ErrorResponse(BaseModel):
     error: ErrorDetail
-
-
-class GenerationError(TokenloomError):
-    """The engine failed on a request that it had taken."""
 
 
 class ModelNotFoundError(RequestError):
@@ -89,6 +92,12 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
 
 def as_api_error(error: Exception, request_id: str) -> ApiError:
     """The answer to any exception. What we did not foresee becomes a 500 that tells only the request id."""
+    answer = _as_api_error(error, request_id)
+    note_error(answer.code or _type_of(answer.status_code))
+    return answer
+
+
+def _as_api_error(error: Exception, request_id: str) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, HTTPException):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import uuid
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from typing import Any, TypeVar
 
@@ -16,10 +15,11 @@ from tokenloom.engine.adapters import LoadedAdapter
 from tokenloom.engine.async_engine import AsyncEngine
 from tokenloom.engine.outputs import Completion, RequestOutput, StepOutput, collect
 from tokenloom.engine.sampling_params import SamplingParams
-from tokenloom.errors import EngineStoppedError, RequestError
+from tokenloom.errors import EngineStoppedError, GenerationError, RequestError
 from tokenloom.methods.defaults import methods_of
-from tokenloom.serve.errors import GenerationError
+from tokenloom.serve.key_limits import current_meter, own_salt
 from tokenloom.serve.protocol import CachedTokens, CompletionDetails, SamplingFields, Usage
+from tokenloom.serve.request_record import engine_id
 
 T = TypeVar("T")
 Outputs = AsyncIterator[tuple[int, StepOutput]]
@@ -73,6 +73,26 @@ def _check_limit(name: str, value: int | None, limit: int) -> None:
         raise RequestError(f"{name}: is {value}; this server allows at most {limit}", param=name)
 
 
+def check_total_tokens(
+    engine: AsyncEngine, prompts: list[list[int]], params: SamplingParams | None = None
+) -> None:
+    """Raises RequestError if a request may come to more tokens than `limits.max_total_tokens`: each prompt
+    once, and every choice of an answer (none without `params`) as long as it may become."""
+    total = sum(map(len, prompts))
+    if params is not None:
+        for prompt in prompts:
+            room = max(0, engine.max_model_len - len(prompt))
+            total += params.n * (room if params.max_tokens is None else min(room, params.max_tokens))
+    most = engine.settings.limits.max_total_tokens
+    if total > most:
+        raise RequestError(
+            f"max_tokens: prompts and answers may come to {total} tokens; this server allows {most} in one "
+            "request. Ask for fewer or shorter answers, or send fewer prompts",
+            param="max_tokens" if params is not None else "prompt",
+            code="too_many_tokens",
+        )
+
+
 async def encode(engine: AsyncEngine, texts: list[str], *, special: bool = True) -> list[list[int]]:
     """Tokens of each text; much text is done off the event loop. Raises RequestError (param "prompt")."""
 
@@ -101,12 +121,14 @@ class Generation:
     `answers` is complete once `outputs` has ended. Must be closed: that aborts whatever still runs.
     """
 
-    def __init__(self, prompts: list[list[int]], params: SamplingParams) -> None:
+    def __init__(self, prompts: list[list[int]], params: SamplingParams, max_unread: int) -> None:
         self.params = params
+        self.max_unread = max_unread * len(prompts)
         self.answers = [RequestOutput("", p, [Completion(i) for i in range(params.n)]) for p in prompts]
         self._streams: list[AsyncIterator[StepOutput]] = []
         self._pumps: list[asyncio.Task[None]] = []
         self._queue: asyncio.Queue[tuple[int, StepOutput | Exception | None]] = asyncio.Queue()
+        self._meter = current_meter()
 
     @classmethod
     async def start(
@@ -124,18 +146,23 @@ class Generation:
             compress_upto: tokens of each prompt that `body.kv` compresses before the others are computed.
 
         Raises:
-            RequestError, EngineBusyError, EngineStoppedError: as `AsyncEngine.generate`.
+            RequestError, EngineBusyError, EngineStoppedError: as `AsyncEngine.generate`; and RequestError if
+                prompts and answers may come to more tokens than `limits.max_total_tokens`.
+            ApiError: the key has no tokens left (429).
         """
         method, guesses = methods_of(engine.settings, body.kv, body.draft)
-        generation = cls(prompts, params)
+        check_total_tokens(engine, prompts, params)
+        generation = cls(prompts, params, engine.settings.limits.max_unread)
+        if generation._meter is not None:
+            generation._meter.admit_prompts(sum(map(len, prompts)))
         try:
             for prompt in prompts:
                 stream = engine.generate(
                     prompt,
                     params,
-                    request_id=uuid.uuid4().hex,
+                    request_id=engine_id(),
                     priority=body.priority or 0,
-                    cache_salt=body.cache_salt,
+                    cache_salt=own_salt(body.cache_salt),
                     adapter=adapter,
                     kv=method,
                     draft=guesses,
@@ -154,6 +181,9 @@ class Generation:
     async def _pump(self, number: int, stream: AsyncIterator[StepOutput]) -> None:
         try:
             async for step in stream:
+                if self._queue.qsize() >= self.max_unread:
+                    await stream.aclose()  # type: ignore[attr-defined]
+                    raise GenerationError("the answer was ended, since it was read too slowly")
                 self._queue.put_nowait((number, step))
             self._queue.put_nowait((number, None))
         except Exception as error:
@@ -175,6 +205,8 @@ class Generation:
                 raise step
             else:
                 _check_step(step)
+                if self._meter is not None:
+                    self._meter.spend(sum(len(delta.token_ids) for delta in step.deltas))
                 collect(self.answers[number], step)
                 yield number, step
 

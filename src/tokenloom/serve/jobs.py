@@ -12,6 +12,7 @@ from fastapi import APIRouter
 from tokenloom.config import JobSettings, Settings, home
 from tokenloom.engine.async_engine import AsyncEngine
 from tokenloom.finetune.errors import StoreError
+from tokenloom.finetune.reporter import JobReporter
 from tokenloom.finetune.retained import slots_per_token
 from tokenloom.finetune.runner import EngineRunner
 from tokenloom.finetune.service import JobService, TrainableModel
@@ -19,6 +20,7 @@ from tokenloom.finetune.store import Store
 from tokenloom.serve.errors import ERROR_RESPONSES, ApiError
 from tokenloom.serve.files import files_router
 from tokenloom.serve.fine_tuning import fine_tuning_router
+from tokenloom.serve.tracing import Tracing
 
 logger = logging.getLogger("tokenloom.serve")
 
@@ -64,9 +66,9 @@ class Jobs:
             self.service.store.close()
 
 
-def open_jobs(engine: AsyncEngine, settings: Settings) -> Jobs:
+def open_jobs(engine: AsyncEngine, settings: Settings, tracing: Tracing | None = None) -> Jobs:
     """Open the store in the home folder. A server whose store cannot be used still serves: it says so in the
-    log, and answers 503 on the routes of files and jobs."""
+    log, and answers 503 on the routes of files and jobs. With `tracing`, each run of a job is a span."""
     try:
         store = _open_store(home(), settings.jobs)
     except (StoreError, OSError) as error:
@@ -83,7 +85,13 @@ def open_jobs(engine: AsyncEngine, settings: Settings) -> Jobs:
         else:
             models[engine.model_name] = TrainableModel(engine.tokenizer, longest)
     runner = EngineRunner(engine, home())
-    service = JobService(store, runner, models, max_concurrent=settings.jobs.max_concurrent)
+    service = JobService(
+        store,
+        runner,
+        models,
+        max_concurrent=settings.jobs.max_concurrent,
+        report=tracing.reporter if tracing is not None else JobReporter,
+    )
     return Jobs(service, closed)
 
 

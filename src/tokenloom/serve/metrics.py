@@ -6,7 +6,14 @@ from collections.abc import Iterator
 from itertools import accumulate
 
 from fastapi import APIRouter, Response
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -28,6 +35,7 @@ class Metrics:
         self.engine = engine
         self.registry = CollectorRegistry()
         self.registry.register(_EngineCollector(engine))
+        ProcessCollector(registry=self.registry)  # memory, CPU time, open files; where the system tells
         self._http = Counter(
             "tokenloom:http_requests",
             "HTTP answers by method, route and status.",
@@ -90,12 +98,16 @@ class _EngineCollector(Collector):
         stats, model = self.engine.stats(), [self.engine.model_name]
         adapters = self.engine.engine.adapters.list()
         inference_blocks = stats.kv_blocks_used - stats.kv_blocks_training
+        free_blocks = stats.kv_blocks_total - stats.kv_blocks_used - stats.kv_blocks_cached
         gauges: tuple[tuple[str, str, float], ...] = (
             ("num_requests_running", "Sequences that hold KV.", stats.running),
             ("num_requests_waiting", "Sequences in the queue.", stats.waiting),
             ("kv_cache_usage_perc", "Share of the KV pool in use, 0 to 1.", stats.kv_usage),
             ("kv_blocks_inference", "KV blocks that requests hold.", inference_blocks),
             ("kv_blocks_training", "KV blocks that training holds.", stats.kv_blocks_training),
+            ("kv_blocks_cached", "KV blocks that the prefix cache alone keeps.", stats.kv_blocks_cached),
+            ("kv_blocks_free", "KV blocks that hold nothing.", free_blocks),
+            ("kv_blocks", "All KV blocks.", stats.kv_blocks_total),
             ("spec_decode_bytes", "Memory of what drafters keep.", stats.draft_bytes),
             ("kv_tier_bytes", "Bytes of KV blocks in the second tier.", stats.tier_bytes),
             ("num_adapters", "Adapters in memory.", len(adapters)),
@@ -110,6 +122,7 @@ class _EngineCollector(Collector):
             ("kv_tier_demotions", "KV blocks that went down to the second tier.", stats.tier_demotions),
             ("kv_tier_hits", "Tokens whose blocks came back from it.", stats.tier_hits_tokens),
             ("kv_tier_corrupt", "Blocks that were not as they had been written.", stats.tier_corrupt),
+            ("engine_restarts", "Times that the engine's loop was started again.", stats.restarts),
             ("num_preemptions", "Sequences sent back to the queue.", stats.preemptions),
             ("prompt_tokens", "Prompt tokens of admitted requests.", stats.prompt_tokens),
             ("generation_tokens", "Tokens generated.", stats.generation_tokens),

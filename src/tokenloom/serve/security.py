@@ -1,17 +1,15 @@
-"""What stands before the routes, in this order: Host check, API keys, concurrency, body size."""
+"""What stands before the routes: Host check, API keys (and `key_limits`), concurrency, body size."""
 
 from __future__ import annotations
 
-import hmac
-from collections.abc import Iterable
-
-from pydantic import SecretStr
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tokenloom.config import Settings
 from tokenloom.serve.errors import ApiError
+from tokenloom.serve.key_ring import Account, KeyRing
+from tokenloom.serve.request_record import note_error, note_key
 from tokenloom.serve.static import PAGE_PATHS
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -39,52 +37,42 @@ class HostCheck:
 
 
 class KeyCheck:
-    """Every route but `OPEN_PATHS` needs one of the keys, whether or not the route exists."""
+    """Every route but `OPEN_PATHS` needs a key where there are keys, whether or not the route exists.
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+    Whose key it is stands in `request.state.account`; None on a server that asks for none.
+    """
+
+    def __init__(self, app: ASGIApp, keys: KeyRing) -> None:
         self.app = app
-        self.keys = Keys((*settings.server.api_keys, *settings.server.admin_keys))
+        self.keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_open = scope["type"] == "lifespan" or (scope["type"] == "http" and scope["path"] in OPEN_PATHS)
         if not is_open:
+            await self.keys.refresh()
             authorization = Headers(scope=scope).get("authorization", "")
-            if not self.keys.fit(authorization):
+            account = self.keys.find(authorization)
+            if account is None and self.keys.asks:
                 return await refuse(_unauthorized(authorization, "API"), scope, receive, send)
+            scope.setdefault("state", {})["account"] = account
+            if account is not None:
+                note_key(account.id)
         await self.app(scope, receive, send)
 
 
 class AdminCheck:
-    """A dependency of routes that need one of `server.admin_keys`, where there are any."""
+    """A dependency of routes for operators: it lets admin keys in, and everybody where no key is asked for
+    and the settings have no admin key."""
 
     def __init__(self, settings: Settings) -> None:
-        self.keys = Keys(settings.server.admin_keys)
-        self.users = Keys(settings.server.api_keys)
+        self.asks = bool(settings.server.admin_keys)
 
     def __call__(self, request: Request) -> None:
-        authorization = request.headers.get("authorization", "")
-        if not self.keys or self.keys.fit(authorization):
-            return
-        if self.users.fit(authorization):
+        account: Account | None = request.state.account
+        if account is None and self.asks:
+            raise _unauthorized(request.headers.get("authorization", ""), "admin")
+        if account is not None and not account.admin:
             raise ApiError(403, "this route needs an admin key", code="admin_key_required")
-        raise _unauthorized(authorization, "admin")
-
-
-class Keys:
-    """Keys of one kind, compared so that the time it takes tells nothing about them."""
-
-    def __init__(self, keys: Iterable[SecretStr]) -> None:
-        self.keys = [key.get_secret_value().encode() for key in keys]
-
-    def __bool__(self) -> bool:
-        return bool(self.keys)
-
-    def fit(self, authorization: str) -> bool:
-        """Whether an Authorization header names one of them."""
-        scheme, _, token = authorization.partition(" ")
-        given = token.strip().encode("latin-1")
-        # All keys are compared, each in constant time.
-        return any([hmac.compare_digest(given, key) for key in self.keys]) and scheme.lower() == "bearer"
 
 
 def _unauthorized(authorization: str, kind: str) -> ApiError:
@@ -160,6 +148,7 @@ async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) ->
     """Answer without asking the application."""
     if scope["type"] == "websocket":
         return await send({"type": "websocket.close", "code": 1008})
+    note_error(error.code)
     await error.response()(scope, receive, send)
 
 

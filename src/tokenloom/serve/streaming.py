@@ -85,7 +85,7 @@ class EventStream(Response):
         except Exception as error:
             known = as_api_error(error, request_id)
             if known.status_code == 500:
-                logger.exception("request %s broke off", request_id)
+                logger.exception("the answer broke off")
             await send({"type": "http.response.body", "body": _error_event(known), "more_body": True})
         await send({"type": "http.response.body", "body": _event(b"[DONE]")})
 

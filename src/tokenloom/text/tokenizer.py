@@ -74,9 +74,12 @@ class Tokenizer:
             raise ModelError(f"{file}: not a readable tokenizer ({error})") from error
         config = _read_json(folder / "tokenizer_config.json")
         special = _special_tokens({**_read_json(folder / "special_tokens_map.json"), **config})
-        backend.add_special_tokens(
-            [tokenizers.AddedToken(token, normalized=False) for token in special.values()]
-        )
+        try:
+            backend.add_special_tokens(
+                [tokenizers.AddedToken(token, normalized=False) for token in special.values()]
+            )
+        except UnicodeEncodeError as error:
+            raise ModelError(f"{folder}: a special token is not text ({error.reason})") from error
         return cls(backend, special, _folder_templates(folder, config), str(file))
 
     @classmethod
@@ -252,5 +255,8 @@ def _folder_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]
         entries = [entry for entry in inline if isinstance(entry, dict)]
         templates = {str(entry.get("name")): str(entry.get("template")) for entry in entries}
     if (folder / "chat_template.jinja").is_file():
-        templates["default"] = (folder / "chat_template.jinja").read_text("utf-8")
+        try:
+            templates["default"] = (folder / "chat_template.jinja").read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(f"{folder / 'chat_template.jinja'}: cannot be read ({error})") from error
     return templates
