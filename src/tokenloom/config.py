@@ -211,6 +211,10 @@ class LimitSettings(_Branch):
     max_tokens: int = Field(0, ge=0, description="Cap on generated tokens per choice; 0: the context.")
     max_prompts: int = Field(256, ge=1, description="Prompts in one completions or embeddings request.")
     max_concurrent: int = Field(256, ge=1, description="HTTP requests at work at the same time.")
+    max_stored_responses: int = Field(
+        1024, ge=0, description="Answers of /v1/responses kept in memory; 0: none."
+    )
+    max_stored_bytes: int = Field(64 * 2**20, ge=0, description="Memory of the kept responses.")
 
 
 class ServerSettings(_Branch):

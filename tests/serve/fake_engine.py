@@ -51,6 +51,7 @@ class FakeEngine:
         self.aborted: list[str] = []
         self.refuse: Exception | None = None
         self.fail_at: int | None = None
+        self.stop_at: int | None = None
         self.break_at: int | None = None
         self.alive = False
         self.draining = False
@@ -146,7 +147,7 @@ class FakeStream(AsyncIterator[StepOutput]):
         if step == engine.break_at:
             raise ZeroDivisionError("secret internals")
         last = step + 1 >= (params.max_tokens if params.max_tokens is not None else engine.max_model_len)
-        reason = "length" if last else None
+        reason = "stop" if step == engine.stop_at else "length" if last else None
         error = None
         if engine.abort_all:
             reason = "abort"

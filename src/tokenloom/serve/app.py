@@ -25,6 +25,7 @@ from tokenloom.serve.errors import install_error_handlers
 from tokenloom.serve.jobs import Jobs, open_jobs
 from tokenloom.serve.metrics import Metrics, metrics_router
 from tokenloom.serve.models import Models
+from tokenloom.serve.responses.routes import responses_router
 from tokenloom.serve.security import LOOPBACK, BodyLimit, ConcurrencyLimit, HostCheck, KeyCheck
 from tokenloom.version import __version__
 
@@ -78,6 +79,7 @@ def create_app(
         chat_router(engine, models),
         completions_router(engine, models),
         embeddings_router(engine, models),
+        responses_router(engine, models),
         models_router(models),
         adapters_router(loader, settings),
         tokens_router(engine, models),
