@@ -27,6 +27,7 @@ class Running:
 
     def __init__(self, engine: Any, routers: Any = (), jobs: Jobs | None = None) -> None:
         self.engine = engine
+        self.jobs = jobs
         self.app = create_app(engine, engine.settings, routers, jobs)
         listener = socket.socket()
         listener.bind(("127.0.0.1", 0))
@@ -40,6 +41,7 @@ class Running:
         self.http = httpx.Client(base_url=self.url, timeout=20)
 
     def stop(self) -> None:
+        """Stop as SIGTERM does; a second time does nothing."""
         self.http.close()
         self.server.should_exit = True
         self.thread.join(20)

@@ -18,6 +18,7 @@ from tokenloom.engine.async_engine import AsyncEngine
 from tokenloom.serve.adapter_folder import AdapterFolder
 from tokenloom.serve.adapters import AdapterLoader, adapters_router
 from tokenloom.serve.basic import embeddings_router, health_router, models_router, tokens_router
+from tokenloom.serve.batches import batches_router, open_batches
 from tokenloom.serve.chat import chat_router
 from tokenloom.serve.completions import completions_router
 from tokenloom.serve.context import RequestContext
@@ -47,6 +48,13 @@ def create_app(
     loader = AdapterLoader(engine, settings)
     folder = AdapterFolder(loader) if settings.adapters.watch else None
     models = Models(engine, loader, jobs.service if jobs else None, metrics.count_request)
+    answering = (
+        chat_router(engine, models),
+        completions_router(engine, models),
+        embeddings_router(engine, models),
+        responses_router(engine, models),
+    )
+    batches = open_batches(engine, jobs.service.store, answering) if jobs and jobs.service else None
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -55,7 +63,11 @@ def create_app(
         engine.start()
         if jobs is not None:
             jobs.start()
+        if batches is not None:
+            batches.start()
         yield
+        if batches is not None:
+            await batches.stop()
         if folder is not None:
             await asyncio.to_thread(folder.stop)
         if jobs is not None:
@@ -76,16 +88,14 @@ def create_app(
     )
     install_error_handlers(app)
     for router in (
-        chat_router(engine, models),
-        completions_router(engine, models),
-        embeddings_router(engine, models),
-        responses_router(engine, models),
+        *answering,
         models_router(models),
         adapters_router(loader, settings),
         tokens_router(engine, models),
         health_router(engine),
         metrics_router(metrics),
         *(jobs.routers() if jobs else ()),
+        *([batches_router(batches)] if batches else ()),
         *routers,
     ):
         app.include_router(router)

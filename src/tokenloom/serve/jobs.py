@@ -113,13 +113,19 @@ def _for_clients(error: Exception, settings: Settings) -> str:
 
 
 def _unavailable_router(reason: str) -> APIRouter:
-    """503 on every route of files and jobs."""
+    """503 on every route of files, jobs and batches."""
     router = APIRouter(prefix="/v1", tags=["files", "fine-tuning"], responses=ERROR_RESPONSES)
 
     async def unavailable() -> Any:
         raise ApiError(503, reason, code="store_unavailable")
 
-    for path in ("/files", "/files/{rest:path}", "/fine_tuning/{rest:path}"):
+    for path in (
+        "/files",
+        "/files/{rest:path}",
+        "/fine_tuning/{rest:path}",
+        "/batches",
+        "/batches/{rest:path}",
+    ):
         router.add_api_route(
             path, unavailable, methods=["GET", "POST", "DELETE"], name="unavailable", include_in_schema=False
         )
