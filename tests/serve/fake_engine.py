@@ -44,19 +44,23 @@ class FakeEngine:
         self, settings: Settings, *, step_s: float = 0.0, chat_template: str = CHAT_TEMPLATE
     ) -> None:
         self.settings = settings
-        self.step_s = step_s
         self.tokenizer = Tokenizer(tiny_tokenizer(), SPECIAL, {"default": chat_template}, "fake")
         self.engine = SimpleNamespace(adapters=AdapterRegistry(settings.adapters.max_loaded))
+        self.alive = False
+        self.draining = False
+        self.running = 0
+        self.abort_all = False
+        self.behave(step_s)
+
+    def behave(self, step_s: float = 0.0) -> None:
+        """Forget what was asked, and what it was told to do wrong."""
+        self.step_s = step_s
         self.calls: list[Call] = []
         self.aborted: list[str] = []
         self.refuse: Exception | None = None
         self.fail_at: int | None = None
         self.stop_at: int | None = None
         self.break_at: int | None = None
-        self.alive = False
-        self.draining = False
-        self.running = 0
-        self.abort_all = False
         self.counters = EngineStats(kv_blocks_total=8, kv_blocks_used=2, iterations=5, batch_tokens=50)
 
     @property

@@ -7,17 +7,26 @@ from collections.abc import Iterator
 import openai
 import pytest
 
-from running import Running, assert_error, wait_for
+from fake_engine import FakeEngine
+from running import Running, assert_error, settings, wait_for
 
 TURN = {"role": "user", "content": "hi"}
 
 
-@pytest.fixture
-def client(serve) -> Iterator[openai.OpenAI]:
-    server = serve()
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+@pytest.fixture(scope="module")
+def one_client() -> Iterator[openai.OpenAI]:
+    server = Running(FakeEngine(settings()))
+    with client_of(server) as client:
         client.server = server  # type: ignore[attr-defined]
         yield client
+    server.stop()
+
+
+@pytest.fixture
+def client(one_client) -> openai.OpenAI:
+    """One server for all tests; its engine does nothing wrong yet."""
+    one_client.server.engine.behave()
+    return one_client
 
 
 def client_of(server: Running) -> openai.OpenAI:
@@ -173,36 +182,33 @@ def test_bytes_bound_what_is_kept(serve):
             client.responses.retrieve(short.id)
 
 
-def test_a_background_response_is_polled(serve):
-    server = serve(step_s=0.05)
-    with client_of(server) as client:
-        response = create(client, background=True)
-        assert response.status == "queued"
-        wait_for(lambda: client.responses.retrieve(response.id).status == "incomplete")
-        assert client.responses.retrieve(response.id).output_text == "abcde"
+def test_a_background_response_is_polled(client):
+    client.server.engine.behave(step_s=0.02)
+    response = create(client, background=True)
+    assert response.status == "queued"
+    wait_for(lambda: client.responses.retrieve(response.id).status == "incomplete")
+    assert client.responses.retrieve(response.id).output_text == "abcde"
 
 
 @pytest.mark.parametrize("end", ["cancel", "delete"])
-def test_a_background_response_is_stopped(serve, end):
-    server = serve(step_s=0.05)
-    with client_of(server) as client:
-        response = create(client, tokens=500, background=True)
-        if end == "cancel":
-            assert client.responses.cancel(response.id).status == "cancelled"
-            assert client.responses.retrieve(response.id).status == "cancelled"
-        else:
-            client.responses.delete(response.id)
-        assert server.engine.running == 0
-        assert len(server.engine.aborted) == 1
+def test_a_background_response_is_stopped(client, end):
+    engine = client.server.engine
+    engine.behave(step_s=0.05)
+    response = create(client, tokens=500, background=True)
+    if end == "cancel":
+        assert client.responses.cancel(response.id).status == "cancelled"
+        assert client.responses.retrieve(response.id).status == "cancelled"
+    else:
+        client.responses.delete(response.id)
+    assert engine.running == 0
+    assert len(engine.aborted) == 1
 
 
-def test_a_background_failure_is_told_without_internals(serve):
-    server = serve()
-    server.engine.break_at = 1
-    with client_of(server) as client:
-        response = create(client, background=True)
-        wait_for(lambda: client.responses.retrieve(response.id).status == "failed")
-        error = client.responses.retrieve(response.id).error
+def test_a_background_failure_is_told_without_internals(client):
+    client.server.engine.break_at = 1
+    response = create(client, background=True)
+    wait_for(lambda: client.responses.retrieve(response.id).status == "failed")
+    error = client.responses.retrieve(response.id).error
     assert error.code == "server_error" and "secret" not in error.message
 
 
@@ -214,15 +220,14 @@ def test_a_stream_that_breaks_off_ends_with_response_failed(client):
     assert events[-1].response.error.message.startswith("the engine failed on this request")
 
 
-def test_leaving_a_stream_aborts_it_and_keeps_nothing(serve):
-    server = serve(step_s=0.01)
-    with client_of(server) as client:
-        stream = create(client, tokens=500, stream=True)
-        begun = next(iter(stream))
-        stream.close()
-        wait_for(lambda: server.engine.running == 0)
-        with pytest.raises(openai.NotFoundError):
-            client.responses.retrieve(begun.response.id)
+def test_leaving_a_stream_aborts_it_and_keeps_nothing(client):
+    client.server.engine.behave(step_s=0.01)
+    stream = create(client, tokens=500, stream=True)
+    begun = next(iter(stream))
+    stream.close()
+    wait_for(lambda: client.server.engine.running == 0)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(begun.response.id)
 
 
 @pytest.mark.parametrize(
