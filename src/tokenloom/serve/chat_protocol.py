@@ -140,7 +140,7 @@ class ChatRequest(SamplingFields):
     max_completion_tokens: Integer | None = Field(None, ge=1, lt=2**31)
     logprobs: Flag | None = None
     top_logprobs: Integer | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    metadata: Annotated[dict[str, str], at_most(16), Field(max_length=16)] | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=16), at_most(16)] | None = None
     tools: Annotated[list[dict[str, Any]], StopAtFirst(), Field(max_length=128)] | None = None
     tool_choice: Literal["auto", "none"] | None = None
     add_generation_prompt: Flag = True

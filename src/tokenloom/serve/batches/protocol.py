@@ -36,7 +36,7 @@ class CreateBatch(RequestBody):
     input_file_id: str = Field(min_length=1, max_length=256)
     endpoint: Endpoint
     completion_window: Literal["24h"]
-    metadata: Annotated[dict[Key, Value], at_most(16), Field(max_length=16)] | None = None
+    metadata: Annotated[dict[Key, Value], Field(max_length=16), at_most(16)] | None = None
     output_expires_after: ExpiresAfter | None = None
 
 

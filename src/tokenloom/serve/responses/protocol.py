@@ -18,7 +18,7 @@ LOGPROBS = "message.output_text.logprobs"
 ItemId = Annotated[str, Field(max_length=128)]
 MetadataKey = Annotated[str, Field(max_length=64)]
 MetadataValue = Annotated[str, Field(max_length=512)]
-Metadata = Annotated[dict[MetadataKey, MetadataValue], at_most(16), Field(max_length=16)]
+Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16), at_most(16)]
 Verbosity = Literal["medium"]
 
 
