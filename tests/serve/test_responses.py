@@ -239,7 +239,6 @@ def test_leaving_a_stream_aborts_it_and_keeps_nothing(client):
         ("prompt", {"id": "pmpt_1"}),
         ("reasoning", {"effort": "high"}),
         ("truncation", "auto"),
-        ("service_tier", "flex"),
         ("max_tool_calls", 1),
     ],
 )

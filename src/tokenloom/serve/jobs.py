@@ -66,7 +66,7 @@ class Jobs:
 
 def open_jobs(engine: AsyncEngine, settings: Settings) -> Jobs:
     """Open the store in the home folder. A server whose store cannot be used still serves: it says so in the
-    log, and answers 503 on the routes of files and jobs."""
+    log, and answers 503 on the routes of files, jobs and batches."""
     try:
         store = _open_store(home(), settings.jobs)
     except (StoreError, OSError) as error:

@@ -57,6 +57,11 @@ Number = Annotated[float, Strict(), AllowInfNan(False)]
 Flag = Annotated[bool, Strict()]
 TokenId = Annotated[int, Strict(), Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], StopAtFirst(), Field(max_length=MAX_PROMPT_TOKENS)]
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+    Field(max_length=16),
+    at_most(16),
+]
 ModelName = Annotated[str, Field(min_length=1, max_length=256)]
 
 

@@ -11,14 +11,11 @@ from tokenloom.engine.sampling_params import MAX_LOGPROBS
 from tokenloom.errors import RequestError
 from tokenloom.methods.registry import MAX_SPEC_CHARACTERS
 from tokenloom.serve.chat_protocol import MAX_MESSAGES, ChatLogprob, ChatRequest, Message
-from tokenloom.serve.protocol import Flag, Integer, ModelName, Number, RequestBody, StopAtFirst, at_most
+from tokenloom.serve.protocol import Flag, Integer, Metadata, ModelName, Number, RequestBody, StopAtFirst
 
 LOGPROBS = "message.output_text.logprobs"
 
 ItemId = Annotated[str, Field(max_length=128)]
-MetadataKey = Annotated[str, Field(max_length=64)]
-MetadataValue = Annotated[str, Field(max_length=512)]
-Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16), at_most(16)]
 Verbosity = Literal["medium"]
 
 
@@ -97,7 +94,6 @@ class ResponseRequest(RequestBody):
         "prompt": (),
         "reasoning": ({}, {"effort": "none"}),
         "truncation": ("disabled",),
-        "service_tier": ("auto", "default"),
         "context_management": ([],),
         "moderation": (),
         "image": (),
