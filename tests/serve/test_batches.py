@@ -216,6 +216,19 @@ def test_cancelling_keeps_what_was_answered_and_accounts_for_the_rest(here):
     assert here.engine.running == 0
 
 
+def test_a_batch_is_cancelled_before_its_turn(here):
+    here.engine.behave(step_s=0.02)
+    first = here.start([chat("slow", tokens=400)])
+    wait_for(lambda: here.engine.calls)
+    second = here.start([chat("never")])
+    wait_for(lambda: here.client.batches.retrieve(second.id).status == "in_progress")
+    here.client.batches.cancel(second.id)
+    assert dict(here.until_over(second).request_counts) == {"total": 1, "completed": 0, "failed": 1}
+    assert here.client.batches.retrieve(first.id).status == "in_progress"
+    here.client.batches.cancel(first.id)
+    assert here.until_over(first).status == "cancelled"
+
+
 def test_a_batch_that_is_over_cannot_be_cancelled(here):
     batch = here.run([chat("a")])
     with pytest.raises(openai.BadRequestError) as refused:

@@ -1,5 +1,6 @@
 """schemathesis against a running server over a tiny model: no 5xx, and nothing that the document leaves out.
 
+    pip install -e '.[dev,system]'
     python tests/system/openapi_fuzz.py [--seconds 120] [--examples 20] [--seed 1]
 
 All routes of /openapi.json are asked with valid, invalid and stateful requests, on loopback, from one client.

@@ -16,7 +16,7 @@ SOURCES: dict[Status, frozenset[Status]] = {
     "cancelling": frozenset({"validating", "in_progress"}),
     "finalizing": frozenset({"in_progress"}),
     "completed": frozenset({"finalizing"}),
-    "expired": frozenset({"validating", "in_progress"}),
+    "expired": frozenset({"in_progress"}),
     "cancelled": frozenset({"cancelling"}),
 }
 """From which states a batch may come into each state. It begins in validating."""

@@ -66,6 +66,7 @@ class BatchRunner:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._to_check = asyncio.Event()
         self._changed = asyncio.Event()
+        self._turn = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -168,6 +169,11 @@ class BatchRunner:
                     return "expired"
                 if (await self._do(self.store.get, batch.id)).status == "cancelling":
                     return "cancelled"
+                # None of the others is at work, so they need not wait for their turn to end.
+                while (other := await self._do(self.store.oldest, "cancelling")) is not None:
+                    if other.id == batch.id:
+                        return "cancelled"
+                    await self._do(self._finish, other, "cancelled")
         except _InputLostError:
             logger.exception("the input file of batch %s cannot be read", batch.id)
             return "failed"
@@ -179,8 +185,9 @@ class BatchRunner:
     async def _work(self, batch: BatchRecord, left: Iterator[Line]) -> None:
         for line in left:
             while True:
-                while not self._free():
-                    await asyncio.sleep(LOOK_S)
+                async with self._turn:  # one at a time looks, on behalf of all
+                    while not self._free():
+                        await asyncio.sleep(LOOK_S)
                 reply = await self._ask(batch.endpoint, {**line.body, "priority": PRIORITY})
                 if reply.status not in (_BUSY, _STOPPING):
                     break
@@ -194,7 +201,7 @@ class BatchRunner:
         faults = None
         if end == "failed":
             faults = [_unreadable()]
-        elif end != "completed":
+        elif end != "completed" and batch.counts.total:  # 0: its lines were not checked yet
             self._give_up_rest(batch, end)
         with contextlib.ExitStack() as open_blobs:
             output, errors = (self._write(batch, ok, open_blobs) for ok in (True, False))
