@@ -178,6 +178,7 @@ def test_faulty_lines_are_told_by_number_and_nothing_runs(here):
         good | {"custom_id": "z", "body": 3},
         good,
         chat("s", stream=True),
+        chat("b", background=True),
     ]
     batch = here.run(lines)
     assert batch.status == "failed" and batch.failed_at
@@ -190,6 +191,7 @@ def test_faulty_lines_are_told_by_number_and_nothing_runs(here):
         (8, "invalid_body", "body"),
         (9, "duplicate_custom_id", "custom_id"),
         (10, "invalid_body", "body.stream"),
+        (11, "invalid_body", "body.background"),
     ]
     assert here.engine.calls == []
 

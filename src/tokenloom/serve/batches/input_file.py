@@ -13,6 +13,7 @@ from tokenloom.serve.batches.records import Endpoint, LineFault
 MAX_CUSTOM_ID = 512
 MAX_FAULTS = 50
 """Of one file; more are not looked for."""
+_NOT_HERE = {"stream": "a batch is not streamed", "background": "a batch is in the background already"}
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ def _request(number: int, line: bytes | LineError, endpoint: Endpoint) -> Line:
         raise _Fault("mismatched_url", f"url: must be {endpoint}, the endpoint of the batch", "url")
     if not isinstance(body, dict):
         raise _Fault("invalid_body", "body: must be an object", "body")
-    if body.get("stream"):
-        raise _Fault("invalid_body", "body.stream: a batch is not streamed", "body.stream")
+    for name, why in _NOT_HERE.items():
+        if body.get(name):
+            raise _Fault("invalid_body", f"body.{name}: {why}", f"body.{name}")
     return Line(number, custom_id, body)
