@@ -56,6 +56,7 @@ class FakeEngine:
         """Forget what was asked, and what it was told to do wrong."""
         self.step_s = step_s
         self.calls: list[Call] = []
+        self.most_running = 0
         self.aborted: list[str] = []
         self.refuse: Exception | None = None
         self.fail_at: int | None = None
@@ -132,6 +133,7 @@ class FakeStream(AsyncIterator[StepOutput]):
         self.step = 0
         self.done = False
         engine.running += 1
+        engine.most_running = max(engine.most_running, engine.running)
 
     def _end(self) -> None:
         self.done = True
