@@ -183,6 +183,13 @@ class JobSettings(_Branch):
     max_concurrent: int = Field(1, ge=1, le=16, description="Jobs that train at the same time.")
 
 
+class BatchSettings(_Branch):
+    """Files of requests (/v1/batches)."""
+
+    max_concurrent: int = Field(8, ge=1, le=256, description="Lines at work at the same time.")
+    max_lines: int = Field(50_000, ge=1, description="Requests in one input file.")
+
+
 class MethodSettings(_Branch):
     """Published methods that are on unless a request says otherwise; see `tokenloom methods`."""
 
@@ -226,6 +233,10 @@ class LimitSettings(_Branch):
     max_unread: int = Field(
         1024, ge=1, description="Iterations of an answer that its reader is behind; one more ends it."
     )
+    max_stored_responses: int = Field(
+        1024, ge=0, description="Answers of /v1/responses kept in memory; 0: none."
+    )
+    max_stored_bytes: int = Field(64 * 2**20, ge=0, description="Memory of the kept responses.")
 
 
 class LoggingSettings(_Branch):
@@ -304,6 +315,7 @@ class Settings(BaseSettings):
     ft: FtSettings = Field(default_factory=FtSettings)
     adapters: AdapterSettings = Field(default_factory=AdapterSettings)
     jobs: JobSettings = Field(default_factory=JobSettings)
+    batches: BatchSettings = Field(default_factory=BatchSettings)
     methods: MethodSettings = Field(default_factory=MethodSettings)
     drafting: DraftingSettings = Field(default_factory=DraftingSettings)
     limits: LimitSettings = Field(default_factory=LimitSettings)

@@ -11,9 +11,9 @@ from collections import defaultdict
 from pathlib import Path
 
 import crash_worker
-import forks
 import pytest
 
+import forks
 from finetune_fakes import names_below
 from tokenloom.finetune.errors import NotFoundError
 from tokenloom.finetune.store import Store

@@ -8,10 +8,10 @@ import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import forks
 import torch
 import training_crash_worker
 
+import forks
 from tiny_models import build_tiny
 from tokenloom.finetune.store import Store
 

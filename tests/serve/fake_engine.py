@@ -48,14 +48,8 @@ class FakeEngine:
         self, settings: Settings, *, step_s: float = 0.0, chat_template: str = CHAT_TEMPLATE
     ) -> None:
         self.settings = settings
-        self.step_s = step_s
         self.tokenizer = Tokenizer(tiny_tokenizer(), SPECIAL, {"default": chat_template}, "fake")
         self.engine = SimpleNamespace(adapters=AdapterRegistry(settings.adapters.max_loaded))
-        self.calls: list[Call] = []
-        self.aborted: list[str] = []
-        self.refuse: Exception | None = None
-        self.fail_at: int | None = None
-        self.break_at: int | None = None
         self.alive = False
         self.failed = False
         self.draining = False
@@ -63,6 +57,18 @@ class FakeEngine:
         self.abort_all = False
         self.observe: Callable[[Any], None] = lambda stream: None
         self.seen = Overview([], 0, BlocksOverview(16, "rrffffff"), [], False, [])
+        self.behave(step_s)
+
+    def behave(self, step_s: float = 0.0) -> None:
+        """Forget what was asked, and what it was told to do wrong."""
+        self.step_s = step_s
+        self.calls: list[Call] = []
+        self.most_running = 0
+        self.aborted: list[str] = []
+        self.refuse: Exception | None = None
+        self.fail_at: int | None = None
+        self.stop_at: int | None = None
+        self.break_at: int | None = None
         self.counters = EngineStats(kv_blocks_total=8, kv_blocks_used=2, iterations=5, batch_tokens=50)
 
     @property
@@ -150,6 +156,7 @@ class FakeStream(AsyncIterator[StepOutput]):
         self.step = 0
         self.done = False
         engine.running += 1
+        engine.most_running = max(engine.most_running, engine.running)
 
     def _end(self) -> None:
         self.done = True
@@ -169,7 +176,7 @@ class FakeStream(AsyncIterator[StepOutput]):
         if step == engine.break_at:
             raise ZeroDivisionError("secret internals")
         last = step + 1 >= (params.max_tokens if params.max_tokens is not None else engine.max_model_len)
-        reason = "length" if last else None
+        reason = "stop" if step == engine.stop_at else "length" if last else None
         error = None
         if engine.abort_all:
             reason = "abort"

@@ -48,6 +48,7 @@ class Running:
         self.http = httpx.Client(base_url=self.url, timeout=20)
 
     def stop(self) -> None:
+        """Stop as SIGTERM does; a second time does nothing."""
         self.http.close()
         self.server.should_exit = True
         self.thread.join(20)

@@ -62,6 +62,36 @@ def test_a_seed_repeats_and_choices_differ(client):
     assert texts[0] != texts[1]
 
 
+def test_logit_bias_forces_and_forbids(client):
+    fields = {"temperature": 0, "max_tokens": 6}
+    forced = chat(client, **fields, logit_bias={"120": 100}).choices[0]  # ids below 256 are bytes
+    other = chat(client, **fields, logit_bias={"120": -100, "121": 100}).choices[0]
+    assert (forced.message.content, other.message.content) == ("x" * 6, "y" * 6)
+
+
+def test_fields_that_describe_a_request_leave_its_answer_as_it_is(client):
+    fields = {"temperature": 0, "max_tokens": 12}
+    described = chat(
+        client,
+        **fields,
+        user="u",
+        metadata={"a": "b"},
+        store=True,
+        safety_identifier="s",
+        service_tier="flex",
+    )
+    assert described.choices[0].message == chat(client, **fields).choices[0].message
+
+
+def test_prompts_of_one_request_times_n_are_answered_together(client, real):
+    passes = real.engine.stats().iterations
+    fields = {"temperature": 0, "max_tokens": 16, "extra_body": {"ignore_eos": True}}
+    answer = client.completions.create(model="tiny", prompt=["a boat", "the sea", "wind"], n=2, **fields)
+    assert [choice.index for choice in answer.choices] == list(range(6))
+    # One after another they would take 16 passes each.
+    assert real.engine.stats().iterations - passes < 3 * 16
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_stop_string_does_not_leak(client, stream):
     text = chat(client, temperature=0, max_tokens=40).choices[0].message.content

@@ -202,13 +202,31 @@ def test_the_openapi_document_promises_400_and_openais_error_shape(shared):
             assert "422" not in operation["responses"]
             schema = operation["responses"]["400"]["content"]["application/json"]["schema"]
             assert schema == {"$ref": "#/components/schemas/ErrorResponse"}
-            if path in ("/v1/chat/completions", "/v1/completions"):
+            if path in ("/v1/chat/completions", "/v1/completions", "/v1/responses"):
                 assert set(operation["responses"]["200"]["content"]) == {
                     "application/json",
                     "text/event-stream",
                 }
     error = document["components"]["schemas"]["ErrorDetail"]
     assert set(error["required"]) == {"message", "type", "param", "code"}
+
+
+def test_the_openapi_document_says_what_each_answer_is(serve, tmp_path, monkeypatch):
+    monkeypatch.setenv("TOKENLOOM_HOME", str(tmp_path))
+    document = serve(jobs=True, coserve__mode="off").http.get("/openapi.json").json()
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            content = operation["responses"]["200"]["content"]
+            schemas = [media.get("schema") for kind, media in content.items() if kind == "application/json"]
+            assert content and {} not in schemas, f"{method} {path}"
+
+
+def test_the_openapi_document_bounds_objects_and_their_keys(shared):
+    chat = shared.http.get("/openapi.json").json()["components"]["schemas"]["ChatRequest"]["properties"]
+    [metadata, _] = chat["metadata"]["anyOf"]
+    [bias, _] = chat["logit_bias"]["anyOf"]
+    assert metadata["maxProperties"] == 16
+    assert (bias["maxProperties"], list(bias["patternProperties"])) == (1024, ["^[0-9]{1,9}$"])
 
 
 def test_every_reference_in_the_openapi_document_resolves(shared):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from tokenloom.finetune.blobs import Blob, Quota, remove_orphans
 from tokenloom.finetune.database import Database, claim_key, is_id, page
 from tokenloom.finetune.errors import NotFoundError, StorageFullError
 from tokenloom.finetune.records import LIVE, FileRecord, Page
-from tokenloom.finetune.schema import files, jobs
+from tokenloom.finetune.schema import LIVE_BATCHES, batches, files, jobs
 
 logger = logging.getLogger("tokenloom.finetune")
 
@@ -47,12 +48,13 @@ class FileStore:
     def begin(self, *, within_quota: bool = True) -> Blob:
         """Open a new file for writing. Raises StorageFullError if no room is left.
 
-        Results of a job are written outside the quota: a full quota must not lose a finished job.
+        Results of a job are written outside the quota and the size limit, which must not lose a finished job.
         """
         quota = self._quota if self._quota_bytes and within_quota else None
         if quota is not None:
             quota.take(0)
-        return Blob(self._folder, max_bytes=self.max_file_bytes, quota=quota)
+        max_bytes = self.max_file_bytes if within_quota else sys.maxsize
+        return Blob(self._folder, max_bytes=max_bytes, quota=quota)
 
     def add(
         self,
@@ -124,10 +126,21 @@ class FileStore:
             return self.get_in(connection, file_id, param)
 
     def get_in(
-        self, connection: Connection, file_id: str, param: str | None = None, *, lock: bool = False
+        self,
+        connection: Connection,
+        file_id: str,
+        param: str | None = None,
+        *,
+        lock: bool = False,
+        even_expired: bool = False,
     ) -> FileRecord:
-        """The same within a transaction; `lock` keeps others from deleting the file before its end."""
-        query = select(files).where(files.c.id == file_id, *_alive())
+        """The same within a transaction; `lock` keeps others from deleting the file before its end.
+
+        Args:
+            even_expired: for whoever keeps the file from being removed.
+        """
+        alive = [files.c.deleted_at.is_(None)] if even_expired else _alive()
+        query = select(files).where(files.c.id == file_id, *alive)
         query = query.with_for_update() if lock else query
         row = connection.execute(query).one_or_none() if is_id(file_id) else None
         if row is None:
@@ -151,10 +164,10 @@ class FileStore:
         """
         with self._database.write() as connection:
             record = self.get_in(connection, file_id, lock=True)
-            user = connection.execute(select(jobs.c.id).where(_used_by_live_job(file_id)).limit(1)).scalar()
+            user = _live_user(connection, file_id)
             if user is not None:
                 raise RequestError(
-                    f"file {file_id} is in use by job {user}; cancel the job first", code="file_in_use"
+                    f"file {file_id} is in use by {user}; cancel that first", code="file_in_use"
                 )
             self._bury(connection, file_id)
         record.path.unlink(missing_ok=True)
@@ -170,7 +183,7 @@ class FileStore:
         with self._database.write() as connection:
             expired = select(files.c.id).where(files.c.deleted_at.is_(None), files.c.expires_at <= now)
             for (file_id,) in connection.execute(expired).all():
-                if connection.execute(select(jobs.c.id).where(_used_by_live_job(file_id))).first() is None:
+                if _live_user(connection, file_id) is None:
                     self._bury(connection, file_id)
             known = set(connection.execute(select(files.c.id).where(files.c.deleted_at.is_(None))).scalars())
         for name in remove_orphans(self._folder, known):
@@ -226,6 +239,12 @@ def _alive() -> list[ColumnElement[bool]]:
     return [files.c.deleted_at.is_(None), or_(files.c.expires_at.is_(None), files.c.expires_at > now)]
 
 
-def _used_by_live_job(file_id: str) -> ColumnElement[bool]:
+def _live_user(connection: Connection, file_id: str) -> str | None:
+    """The job or batch that is not over and reads a file."""
     either = or_(jobs.c.training_file == file_id, jobs.c.validation_file == file_id)
-    return either & jobs.c.status.in_(sorted(LIVE))
+    job = connection.execute(select(jobs.c.id).where(either, jobs.c.status.in_(sorted(LIVE))).limit(1))
+    if (user := job.scalar()) is not None:
+        return f"job {user}"
+    reads = (batches.c.input_file == file_id, batches.c.status.in_(LIVE_BATCHES))
+    batch = connection.execute(select(batches.c.id).where(*reads).limit(1))
+    return None if (user := batch.scalar()) is None else f"batch {user}"

@@ -1,4 +1,4 @@
-"""Tables of files and jobs, in SQL that SQLite and PostgreSQL both speak.
+"""Tables of files, jobs and batches, in SQL that SQLite and PostgreSQL both speak.
 
 Rows are listed in the order of `seq`, because many can be created within one second.
 """
@@ -146,6 +146,47 @@ checkpoints = Table(
     UniqueConstraint("job_id", "step"),
     sqlite_autoincrement=True,
 )
+
+batches = Table(
+    "batches",
+    metadata,
+    _seq(),
+    _id(),
+    Column("endpoint", String(32), nullable=False),
+    Column("input_file", String(64), ForeignKey("files.id"), nullable=False),
+    Column("status", String(16), nullable=False, index=True),
+    Column("created_at", BigInteger, nullable=False),
+    Column("expires_at", BigInteger, nullable=False),
+    Column("times", JSON, nullable=False),
+    Column("total", BigInteger, nullable=False),
+    # Of lines whose answers are in the output files; those of the others are counted in batch_lines.
+    Column("completed", BigInteger, nullable=False),
+    Column("failed", BigInteger, nullable=False),
+    Column("tokens", JSON, nullable=False),
+    Column("errors", JSON(none_as_null=True)),
+    Column("model", Text),
+    Column("output_file", String(64), ForeignKey("files.id")),
+    Column("error_file", String(64), ForeignKey("files.id")),
+    Column("metadata", JSON(none_as_null=True)),
+    Column("output_expires_after_s", BigInteger),
+    sqlite_autoincrement=True,
+)
+
+LIVE_BATCHES = ("validating", "in_progress", "finalizing", "cancelling")
+"""States of a batch that is not over: its input file must stay."""
+
+batch_lines = Table(
+    "batch_lines",
+    metadata,
+    Column("batch_id", String(64), ForeignKey("batches.id"), primary_key=True),
+    Column("line", BigInteger, primary_key=True, autoincrement=False),
+    Column("ok", Boolean, nullable=False),
+    Column("answer", Text, nullable=False),
+    Column("input_tokens", BigInteger, nullable=False),
+    Column("cached_tokens", BigInteger, nullable=False),
+    Column("output_tokens", BigInteger, nullable=False),
+)
+"""Answers of a batch that is not over. The key is why no line can be answered twice."""
 
 idempotency_keys = Table(
     "idempotency_keys",

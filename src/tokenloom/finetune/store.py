@@ -1,4 +1,4 @@
-"""The durable store of files and jobs: a database, and a home folder for bytes."""
+"""The durable store of files, jobs and batches: a database, and a home folder for bytes."""
 
 from __future__ import annotations
 
@@ -63,6 +63,11 @@ class Store:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def database(self) -> Database:
+        """For stores of other things beside it."""
+        return self._database
 
     def close(self) -> None:
         self._database.close()

@@ -20,6 +20,7 @@ from tokenloom.errors import EngineStoppedError
 from tokenloom.serve.adapter_folder import AdapterFolder
 from tokenloom.serve.adapters import AdapterLoader, adapters_router
 from tokenloom.serve.basic import embeddings_router, health_router, models_router, tokens_router
+from tokenloom.serve.batches import batches_router, open_batches
 from tokenloom.serve.chat import chat_router
 from tokenloom.serve.completions import completions_router
 from tokenloom.serve.context import RequestContext
@@ -36,6 +37,7 @@ from tokenloom.serve.models import Models
 from tokenloom.serve.pulse import PATIENCE, prove_life
 from tokenloom.serve.request_log import RequestLog
 from tokenloom.serve.request_record import note_answer, note_model
+from tokenloom.serve.responses.routes import responses_router
 from tokenloom.serve.security import LOOPBACK, BodyLimit, ConcurrencyLimit, HostCheck, KeyCheck
 from tokenloom.serve.static import static_router
 from tokenloom.serve.tracing import Tracing, open_tracing
@@ -71,6 +73,13 @@ def create_app(
         note_model(model)
 
     models = Models(engine, loader, jobs.service if jobs else None, named)
+    answering = (
+        chat_router(engine, models),
+        completions_router(engine, models),
+        embeddings_router(engine, models),
+        responses_router(engine, models),
+    )
+    batches = open_batches(engine, jobs.service.store, answering) if jobs and jobs.service else None
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -79,7 +88,11 @@ def create_app(
         engine.start()
         if jobs is not None:
             jobs.start()
+        if batches is not None:
+            batches.start()
         yield
+        if batches is not None:
+            await batches.stop()
         if folder is not None:
             await asyncio.to_thread(folder.stop)
         if jobs is not None:
@@ -100,9 +113,7 @@ def create_app(
     )
     install_error_handlers(app)
     for router in (
-        chat_router(engine, models),
-        completions_router(engine, models),
-        embeddings_router(engine, models),
+        *answering,
         models_router(models),
         adapters_router(loader, settings),
         tokens_router(engine, models),
@@ -113,6 +124,7 @@ def create_app(
         methods_router(),
         static_router(),
         *(jobs.routers() if jobs else ()),
+        *([batches_router(batches)] if batches else ()),
         *routers,
     ):
         app.include_router(router)

@@ -14,13 +14,13 @@ from tokenloom.errors import RequestError
 from tokenloom.serve.protocol import (
     Flag,
     Integer,
+    Metadata,
     ModelName,
     PromptLogprobs,
     RequestBody,
     SamplingFields,
     StopAtFirst,
     Usage,
-    at_most,
 )
 
 MAX_MESSAGES = 4096
@@ -140,7 +140,9 @@ class ChatRequest(SamplingFields):
     max_completion_tokens: Integer | None = Field(None, ge=1, lt=2**31)
     logprobs: Flag | None = None
     top_logprobs: Integer | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    metadata: Annotated[dict[str, str], at_most(16), Field(max_length=16)] | None = None
+    metadata: Metadata | None = None
+    store: Flag | None = Field(None, description="Taken, and without effect: nothing is kept.")
+    safety_identifier: str | None = Field(None, max_length=128)
     tools: Annotated[list[dict[str, Any]], StopAtFirst(), Field(max_length=128)] | None = None
     tool_choice: Literal["auto", "none"] | None = None
     add_generation_prompt: Flag = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse
@@ -12,6 +12,7 @@ from fastapi.responses import FileResponse
 from tokenloom.errors import TokenloomError
 from tokenloom.finetune.blobs import Blob
 from tokenloom.finetune.errors import NotFoundError
+from tokenloom.finetune.file_store import UPLOAD_PURPOSES
 from tokenloom.finetune.records import FileRecord
 from tokenloom.finetune.service import JobService
 from tokenloom.serve.errors import ERROR_RESPONSES, ApiError
@@ -25,10 +26,13 @@ _FORM = {
     "required": ["file", "purpose"],
     "properties": {
         "file": {"type": "string", "format": "binary"},
-        "purpose": {"type": "string"},
+        "purpose": {"type": "string", "enum": list(UPLOAD_PURPOSES)},
         "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
         "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2592000},
     },
+}
+_BYTES: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
 }
 _UPLOAD = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}}
 
@@ -78,7 +82,7 @@ def files_router(service: JobService) -> APIRouter:
         """One file's description."""
         return file_object(files.get(file_id))
 
-    @router.get("/files/{file_id}/content", response_class=FileResponse)
+    @router.get("/files/{file_id}/content", response_class=FileResponse, responses=_BYTES)
     def get_content(file_id: str) -> FileResponse:
         """The bytes of a file, as they were uploaded."""
         record = files.get(file_id)

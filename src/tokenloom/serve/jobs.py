@@ -68,7 +68,7 @@ class Jobs:
 
 def open_jobs(engine: AsyncEngine, settings: Settings, tracing: Tracing | None = None) -> Jobs:
     """Open the store in the home folder. A server whose store cannot be used still serves: it says so in the
-    log, and answers 503 on the routes of files and jobs. With `tracing`, each run of a job is a span."""
+    log, and answers 503 on the routes of files, jobs and batches. With `tracing`, each run of a job is a span."""
     try:
         store = _open_store(home(), settings.jobs)
     except (StoreError, OSError) as error:
@@ -121,13 +121,19 @@ def _for_clients(error: Exception, settings: Settings) -> str:
 
 
 def _unavailable_router(reason: str) -> APIRouter:
-    """503 on every route of files and jobs."""
+    """503 on every route of files, jobs and batches."""
     router = APIRouter(prefix="/v1", tags=["files", "fine-tuning"], responses=ERROR_RESPONSES)
 
     async def unavailable() -> Any:
         raise ApiError(503, reason, code="store_unavailable")
 
-    for path in ("/files", "/files/{rest:path}", "/fine_tuning/{rest:path}"):
+    for path in (
+        "/files",
+        "/files/{rest:path}",
+        "/fine_tuning/{rest:path}",
+        "/batches",
+        "/batches/{rest:path}",
+    ):
         router.add_api_route(
             path, unavailable, methods=["GET", "POST", "DELETE"], name="unavailable", include_in_schema=False
         )

@@ -49,14 +49,14 @@ def _explain(problem: str, body: bytes) -> str:
     return f"{what} at {where}"
 
 
-async def write_json(build: Callable[[], BaseModel]) -> Response:
-    """The answer that `build` makes, without the fields it did not set.
+async def write_json(build: Callable[[], BaseModel], *, exclude_unset: bool = True) -> Response:
+    """The answer that `build` makes, without the fields it did not set (unless those have a meaning, too).
 
     Log-probabilities of long prompts are much to write, so it is done in a thread: streams go on meanwhile.
     """
 
     def write() -> str:
-        return build().model_dump_json(exclude_unset=True)
+        return build().model_dump_json(exclude_unset=exclude_unset)
 
     return Response(await asyncio.to_thread(write), media_type="application/json")
 

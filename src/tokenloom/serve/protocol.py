@@ -20,6 +20,7 @@ from pydantic import (
     Field,
     Strict,
     Tag,
+    WithJsonSchema,
     model_validator,
 )
 from pydantic_core import PydanticKnownError
@@ -56,6 +57,11 @@ Number = Annotated[float, Strict(), AllowInfNan(False)]
 Flag = Annotated[bool, Strict()]
 TokenId = Annotated[int, Strict(), Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], StopAtFirst(), Field(max_length=MAX_PROMPT_TOKENS)]
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+    Field(max_length=16),
+    at_most(16),
+]
 ModelName = Annotated[str, Field(min_length=1, max_length=256)]
 
 
@@ -106,7 +112,9 @@ def _token_key(key: str) -> str:
     return key
 
 
-BiasKey = Annotated[str, AfterValidator(_token_key)]
+BiasKey = Annotated[
+    str, AfterValidator(_token_key), WithJsonSchema({"type": "string", "pattern": "^[0-9]{1,9}$"})
+]
 Bias = Annotated[float, Strict(), AllowInfNan(False), Field(ge=-100, le=100)]
 
 
@@ -163,7 +171,7 @@ class SamplingFields(RequestBody):
     presence_penalty: Number | None = Field(None, ge=-2, le=2)
     frequency_penalty: Number | None = Field(None, ge=-2, le=2)
     logit_bias: (
-        Annotated[dict[BiasKey, Bias], at_most(MAX_LOGIT_BIAS), Field(max_length=MAX_LOGIT_BIAS)] | None
+        Annotated[dict[BiasKey, Bias], Field(max_length=MAX_LOGIT_BIAS), at_most(MAX_LOGIT_BIAS)] | None
     ) = None
     seed: Integer | None = Field(None, ge=-(2**63), le=2**64 - 1)
     stream: Flag | None = None

@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -31,10 +31,16 @@ async def primed(outputs: Outputs) -> Outputs:
     return all_of_them()
 
 
-def documented(chunk: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-    """What a route that can stream declares about its answer, besides its response model."""
-    schema = chunk.model_json_schema()
+def documented(chunk: Any, *, done: bool = True) -> dict[int | str, dict[str, Any]]:
+    """What a route that can stream declares about its answer, besides its response model.
+
+    Args:
+        chunk: the model of an event, or a union of models.
+        done: whether `[DONE]` ends the stream.
+    """
+    schema = TypeAdapter(chunk).json_schema()
     definitions = schema.pop("$defs", {})
+    end = ", then `[DONE]`" if done else ""
 
     def inline(node: Any) -> Any:
         if isinstance(node, list):
@@ -47,7 +53,7 @@ def documented(chunk: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
 
     return {
         200: {
-            "description": "The answer. With `stream`: server-sent events, each a chunk, then `[DONE]`.",
+            "description": f"The answer. With `stream`: server-sent events, each a chunk{end}.",
             "content": {"text/event-stream": {"schema": inline(schema)}},
         }
     }
@@ -61,6 +67,7 @@ class EventStream(Response):
     """
 
     media_type = "text/event-stream"
+    end = b"data: [DONE]\n\n"
 
     def __init__(self, chunks: AsyncIterator[BaseModel], generation: Generation) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
@@ -80,14 +87,27 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             async for chunk in self.chunks:
-                data = chunk.model_dump_json(exclude_unset=True).encode()
-                await send({"type": "http.response.body", "body": _event(data), "more_body": True})
+                await send({"type": "http.response.body", "body": self.event(chunk), "more_body": True})
         except Exception as error:
             known = as_api_error(error, request_id)
             if known.status_code == 500:
                 logger.exception("the answer broke off")
             await send({"type": "http.response.body", "body": _error_event(known), "more_body": True})
-        await send({"type": "http.response.body", "body": _event(b"[DONE]")})
+        await send({"type": "http.response.body", "body": self.end})
+
+    def event(self, chunk: BaseModel) -> bytes:
+        """One chunk as it is sent."""
+        return _event(chunk.model_dump_json(exclude_unset=True).encode())
+
+
+class NamedEventStream(EventStream):
+    """Events that carry the name of their type, and tell by themselves when they are over."""
+
+    end = b""
+
+    def event(self, chunk: BaseModel) -> bytes:
+        name = getattr(chunk, "type", "message")  # which is the name of an event without one
+        return f"event: {name}\n".encode() + _event(chunk.model_dump_json().encode())
 
 
 def _event(data: bytes) -> bytes:

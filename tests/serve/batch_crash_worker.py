@@ -1,0 +1,56 @@
+"""A process that answers batches until it is killed, and writes down what it asked and what it kept."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+from tokenloom.config import BatchSettings
+from tokenloom.finetune.store import Store
+from tokenloom.serve.batches.inner_app import Reply
+from tokenloom.serve.batches.runner import BatchRunner
+from tokenloom.serve.batches.store import BatchStore
+
+
+class NotedStore(BatchStore):
+    """Notes answers once they are said to be kept."""
+
+    note: Any
+
+    def record(self, batch_id: str, answers: Any) -> None:
+        super().record(batch_id, answers)
+        for answer in answers:
+            self.note(kept=json.loads(answer.text)["custom_id"], answer=answer.text)
+
+
+def work(home: str, notes: str, seed: int) -> None:
+    """Run the batches of a home; every asked and every kept line becomes a line of `notes`."""
+    descriptor = os.open(notes, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+    def note(**what: Any) -> None:
+        os.write(descriptor, (json.dumps(what) + "\n").encode())
+
+    source = random.Random(seed)
+
+    async def ask(endpoint: str, body: dict[str, Any]) -> Reply:
+        note(asked=body["name"])
+        await asyncio.sleep(source.uniform(0, 0.01))
+        ok = body["name"][-1] != "7"
+        return Reply(200 if ok else 400, "req_1", {"by": seed, "name": body["name"]})
+
+    async def serve() -> None:
+        opened = Store(Path(home))
+        store = NotedStore(opened.database, opened.files)
+        store.note = note
+        runner = BatchRunner(store, ask, BatchSettings(max_concurrent=4), lambda: True)  # type: ignore[arg-type]
+        runner.start()
+        while store.oldest("validating", "in_progress", "finalizing", "cancelling") is not None:
+            await asyncio.sleep(0.005)
+        note(over=True)
+        await asyncio.sleep(3600)
+
+    asyncio.run(serve())
