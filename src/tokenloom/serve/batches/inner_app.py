@@ -34,8 +34,8 @@ class InnerApp:
         install_error_handlers(app)
         for router in routers:
             app.include_router(router)
-        # Lines are no HTTP requests: they are not counted as such.
-        app.add_middleware(RequestContext, count=lambda method, route, status: None)
+        # Lines are no HTTP requests: they are neither counted nor logged as such.
+        app.add_middleware(RequestContext, count=lambda method, route, status: None, done=lambda record: None)
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         self._client = httpx.AsyncClient(transport=transport, base_url="http://batch", timeout=None)
 
