@@ -211,6 +211,11 @@ class LimitSettings(_Branch):
     max_tokens: int = Field(0, ge=0, description="Cap on generated tokens per choice; 0: the context.")
     max_prompts: int = Field(256, ge=1, description="Prompts in one completions or embeddings request.")
     max_concurrent: int = Field(256, ge=1, description="HTTP requests at work at the same time.")
+    max_grammar_bytes: int = Field(
+        65536, ge=1, le=2**17, description="Of a JSON schema, regular expression, choice list or grammar."
+    )
+    max_grammar_depth: int = Field(32, ge=1, le=100, description="Nesting of a JSON schema.")
+    grammar_timeout_s: float = Field(5.0, gt=0, description="To compile a schema or grammar.")
 
 
 class ServerSettings(_Branch):
