@@ -231,6 +231,9 @@ class ServerSettings(_Branch):
         description="For loading adapters, and for all else; empty: api_keys are enough for that.",
     )
     served_model_name: str = Field("", description="Name in /v1/models; empty: the model's own.")
+    tool_format: Literal["auto", "hermes", "llama3"] = Field(
+        "auto", description="How the model writes tool calls; auto: as its chat template shows them."
+    )
     cors_origins: list[str] = Field(default_factory=list, description="Empty: no cross-origin access.")
     allowed_hosts: list[str] = Field(
         default_factory=list,

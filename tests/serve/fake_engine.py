@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from tiny_models import CHAT_TEMPLATE, tiny_tokenizer
+from tiny_models import CHAT_TEMPLATE, EOS_ID, tiny_tokenizer
 from tokenloom.config import Settings
 from tokenloom.engine.adapters import AdapterRegistry, LoadedAdapter
 from tokenloom.engine.outputs import Delta, StepOutput, TokenLogprob
@@ -46,7 +46,13 @@ class FakeEngine:
         self.settings = settings
         self.step_s = step_s
         self.tokenizer = Tokenizer(tiny_tokenizer(), SPECIAL, {"default": chat_template}, "fake")
-        self.engine = SimpleNamespace(adapters=AdapterRegistry(settings.adapters.max_loaded))
+        self.engine = SimpleNamespace(
+            adapters=AdapterRegistry(settings.adapters.max_loaded),
+            tokenizer=self.tokenizer,
+            config=SimpleNamespace(vocab_size=self.tokenizer.vocab_size),
+            end_tokens=(EOS_ID,),
+            settings=settings,
+        )
         self.calls: list[Call] = []
         self.aborted: list[str] = []
         self.refuse: Exception | None = None

@@ -62,7 +62,7 @@ class Structured:
         names = {name: (params or {}).get(name, name) for name in given}
         if len(given) != 1:
             what = " and ".join(names.values()) or "nothing"
-            param = next(iter(names.values()), "structured")
+            param = next(iter(names.values()), (params or {}).get("structured", "structured"))
             raise RequestError(
                 f"{param}: give exactly one of json, json_object, regex, choice and grammar, not {what}",
                 param=param,
