@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import time
+import threading
 from typing import Any
 
 import pytest
+import torch
 
 from grammar_rig import answer, ask, build_engine, run, tiny_files
 from tokenloom.config import load_settings
@@ -112,12 +113,30 @@ def test_an_answer_that_gets_too_complex_fails_alone_and_the_grammar_is_compiled
 
 
 def test_a_mask_that_does_not_come_ends_the_request(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar_module, "MASK_TIMEOUT_S", 0.01)
-    monkeypatch.setattr(grammar_module, "banned_tokens", lambda *_: time.sleep(0.1))
     processor = grammars_of(engine).compile(Structured(regex="abc")).processor()
+    begun, released = threading.Event(), threading.Event()
+
+    def slowly(*_: Any) -> None:
+        begun.set()
+        released.wait(10)
+
+    monkeypatch.setattr(grammar_module, "MASK_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(grammar_module, "banned_tokens", slowly)
     processor.accept(ord("a"))
+    begun.wait()
     with pytest.raises(RequestError, match="took over"):
-        processor.apply(None)  # type: ignore[arg-type]
+        processor.apply(torch.zeros(engine.config.vocab_size))
+    released.set()
+
+
+def test_slow_masks_of_others_are_not_waited_for(engine: Engine) -> None:
+    released = threading.Event()
+    busy = [grammar_module._threads("mask").submit(released.wait, 10) for _ in range(2)]
+    try:
+        assert answer(engine, Structured(regex="abc")).text == "abc"
+    finally:
+        released.set()
+    assert all(future.result() for future in busy)
 
 
 def test_only_the_last_grammars_are_kept(engine: Engine) -> None:

@@ -33,9 +33,8 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 MAX_CACHED = 64
-MASK_TIMEOUT_S = 2.0
-"""How long the engine waits for a mask before it gives the request up. Most take far below a millisecond,
-and the limits below keep the worst to about a second."""
+MASK_TIMEOUT_S = 1.0
+"""How long the engine waits for a mask before it gives the request up; most take far below a millisecond."""
 
 # What one step may cost. The library's defaults let a grammar of 64 KiB compute for seconds.
 LIMITS: dict[str, Any] = {
@@ -83,15 +82,13 @@ class GrammarProcessor:
 
     def apply(self, row: Tensor) -> None:
         """Ban what the grammar does not allow next. Raises RequestError if it got too complex."""
+        try:
+            if isinstance(self._banned, Future):
+                self._banned = self._result(self._banned)
+        except RequestError:
+            self.grammar.forget()
+            raise
         banned = self._banned
-        if isinstance(banned, Future):
-            try:
-                banned = self._banned = banned.result(MASK_TIMEOUT_S)
-            except FutureTimeout:
-                raise self._fault(f"took over {MASK_TIMEOUT_S:g} s to say what may follow") from None
-            except RequestError:
-                self.grammar.forget()
-                raise
         row.masked_fill_(banned.to(row.device, non_blocking=True), -torch.inf)
 
     def accept(self, token: int) -> bool:
@@ -105,6 +102,14 @@ class GrammarProcessor:
             banned_tokens, self._matcher, self.grammar.vocab_size, self.grammar.param
         )
         return False
+
+    def _result(self, future: Future[Tensor]) -> Tensor:
+        if future.cancel():  # not begun: on the walk down a draft, or all threads are busy with others
+            return banned_tokens(self._matcher, self.grammar.vocab_size, self.grammar.param)
+        try:
+            return future.result(MASK_TIMEOUT_S)
+        except FutureTimeout:
+            raise self._fault(f"took over {MASK_TIMEOUT_S:g} s to say what may follow") from None
 
     def _fault(self, problem: str) -> RequestError:
         return RequestError(f"{self.grammar.param}: {problem}", param=self.grammar.param)
