@@ -2,11 +2,11 @@
 
     python benchmarks/structured.py [--batch 1 4] [--tokens 96] [--repeats 5] [--json results.json]
 
-One engine on the default model. Compiling is timed on grammars that were not seen before, with the mask of
-the first token; `first use` is the library's view of the vocabulary, made once. Masks are timed alone, along an
-answer. Answers of `--tokens` tokens are then written by a batch of each size, the kinds alternating: without a
-processor, with one that allows everything (the hook's own part), and under a schema whose answer cannot end
-before that. Reported are medians.
+One engine on the default model. Compiling is timed on grammars that were not seen before, with the mask
+of the first token; `first use` is the library's view of the vocabulary, made once. Masks are timed alone,
+along an answer. Answers of `--tokens` tokens are then written by a batch of each size, the kinds alternating:
+without a processor, with one that allows everything (the hook's own part), and under a schema whose answer
+cannot end before that. Reported are medians.
 """
 
 from __future__ import annotations
