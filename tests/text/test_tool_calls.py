@@ -92,7 +92,7 @@ def test_calls_and_text(form: ToolFormat, text: str, content: str, calls: list[t
 
 
 @pytest.mark.parametrize(("form", "text", "content", "calls"), CASES, ids=IDS)
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_pieces_of_any_size_give_the_same(
     form: ToolFormat, text: str, content: str, calls: list[tuple[str, str]], data: st.DataObject
@@ -118,6 +118,7 @@ def test_further_calls_are_left_out() -> None:
     assert [name for name, _ in calls] == ["add"]
 
 
+@settings(max_examples=40)
 @given(
     st.dictionaries(
         st.text(max_size=5), st.text(max_size=5) | st.lists(st.none() | st.integers(), max_size=3)

@@ -13,7 +13,7 @@ import asyncio
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as FutureTimeout
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
@@ -93,6 +93,8 @@ class GrammarProcessor:
 
     def accept(self, token: int) -> bool:
         """Go on by a token; True if nothing can follow it. Raises RequestError as `apply` does."""
+        if isinstance(self._banned, Future) and not self._banned.cancel():
+            wait((self._banned,))  # nobody asked for it, and the matcher is at work on it
         if not self._matcher.consume_token(token):
             self.grammar.forget()
             raise self._fault(_first_line(self._matcher.get_error()))
