@@ -9,8 +9,9 @@ from tokenloom.version import __version__
 if TYPE_CHECKING:
     from tokenloom.engine.sampling_params import SamplingParams
     from tokenloom.llm import LLM
+    from tokenloom.structured import Structured
 
-__all__ = ["LLM", "SamplingParams", "__version__"]
+__all__ = ["LLM", "SamplingParams", "Structured", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -23,4 +24,8 @@ def __getattr__(name: str) -> Any:
         from tokenloom.engine.sampling_params import SamplingParams
 
         return SamplingParams
+    if name == "Structured":
+        from tokenloom.structured import Structured
+
+        return Structured
     raise AttributeError(f"module 'tokenloom' has no attribute {name!r}")

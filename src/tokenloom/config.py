@@ -237,6 +237,11 @@ class LimitSettings(_Branch):
         1024, ge=0, description="Answers of /v1/responses kept in memory; 0: none."
     )
     max_stored_bytes: int = Field(64 * 2**20, ge=0, description="Memory of the kept responses.")
+    max_grammar_bytes: int = Field(
+        65536, ge=1, le=2**17, description="Of a JSON schema, regular expression, choice list or grammar."
+    )
+    max_grammar_depth: int = Field(32, ge=1, le=100, description="Nesting of a JSON schema.")
+    grammar_timeout_s: float = Field(5.0, gt=0, description="To compile a schema or grammar.")
 
 
 class LoggingSettings(_Branch):
@@ -287,6 +292,9 @@ class ServerSettings(_Branch):
         "usage.cached_tokens how other keys' prompts begin.",
     )
     served_model_name: str = Field("", description="Name in /v1/models; empty: the model's own.")
+    tool_format: Literal["auto", "hermes", "llama3"] = Field(
+        "auto", description="How the model writes tool calls; auto: as its chat template shows them."
+    )
     cors_origins: list[str] = Field(default_factory=list, description="Empty: no cross-origin access.")
     allowed_hosts: list[str] = Field(
         default_factory=list,

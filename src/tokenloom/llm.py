@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from tokenloom.finetune.local import FinetuneResult, Rows, StepReport, finetune_
 from tokenloom.methods.defaults import methods_of, with_drafter, with_methods
 from tokenloom.models.adapters import load_adapter
 from tokenloom.models.catalog import DEFAULT_MODEL
+from tokenloom.structured import Structured, grammars_of
 from tokenloom.text.chat_context import context_tokens
 from tokenloom.text.tokenizer import Tokenizer
 
@@ -92,6 +93,7 @@ class LLM:
         kv: str | None = None,
         draft: str | None = None,
         compress_upto: int | Sequence[int] | None = None,
+        structured: Structured | None = None,
     ) -> list[RequestOutput]:
         """Continue each prompt; all of them run together.
 
@@ -105,6 +107,7 @@ class LLM:
                 answer is the same. None: as the settings say.
             compress_upto: tokens of each prompt (or of all) that `kv` compresses before the others are
                 computed: a text, without the question that follows it. None: the whole prompt.
+            structured: what each answer must look like, such as `Structured(json=schema)`. None: anything.
 
         Returns:
             One output per prompt, in order.
@@ -116,6 +119,7 @@ class LLM:
         each = [params or SamplingParams()] * len(many) if not isinstance(params, Sequence) else list(params)
         if len(each) != len(many):
             raise RequestError(f"params has {len(each)} entries for {len(many)} prompts", param="params")
+        each = self._constrained(each, structured)
         upto = list(compress_upto) if isinstance(compress_upto, Sequence) else [compress_upto] * len(many)
         if len(upto) != len(many):
             raise RequestError(
@@ -141,13 +145,14 @@ class LLM:
         kv: str | None = None,
         draft: str | None = None,
         compress_upto: int | None = None,
+        structured: Structured | None = None,
         **template_variables: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation, or several together.
 
         Args:
             messages: `{"role": ..., "content": ...}` dictionaries, or a list of such lists.
-            params, adapter, kv, draft: as in `generate`.
+            params, adapter, kv, draft, structured: as in `generate`.
             compress_upto: so many first messages are what `kv` compresses, before the others are computed.
             template_variables: passed to the model's chat template.
 
@@ -172,7 +177,9 @@ class LLM:
                 context_tokens(self.tokenizer, render, list(conversation), compress_upto, prompt)
                 for conversation, prompt in zip(conversations, prompts, strict=True)
             ]
-        return self.generate(prompts, params, adapter=adapter, kv=kv, draft=draft, compress_upto=upto)
+        return self.generate(
+            prompts, params, adapter=adapter, kv=kv, draft=draft, compress_upto=upto, structured=structured
+        )
 
     def stream(
         self,
@@ -182,6 +189,7 @@ class LLM:
         adapter: str | None = None,
         kv: str | None = None,
         draft: str | None = None,
+        structured: Structured | None = None,
     ) -> Iterator[Delta]:
         """Continue one prompt, piece by piece. Ending the iteration early aborts it.
 
@@ -190,9 +198,8 @@ class LLM:
         """
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         chosen, (method, guesses) = self._adapter(adapter), methods_of(self.settings, kv, draft)
-        request = Request(
-            self._next_id(), ids, params or SamplingParams(), adapter=chosen, kv=method, draft=guesses
-        )
+        [wanted] = self._constrained([params or SamplingParams()], structured)
+        request = Request(self._next_id(), ids, wanted, adapter=chosen, kv=method, draft=guesses)
         self.engine.add(request)
         try:
             while not request.finished:
@@ -290,6 +297,14 @@ class LLM:
             on_step=on_step,
             options=options,
         )
+
+    def _constrained(
+        self, params: list[SamplingParams], structured: Structured | None
+    ) -> list[SamplingParams]:
+        if structured is None:
+            return params
+        grammar = grammars_of(self.engine).compile(structured)
+        return [replace(each, processors=(*each.processors, grammar)) for each in params]
 
     def _adapter(self, name: str | None) -> LoadedAdapter | None:
         if name is None:

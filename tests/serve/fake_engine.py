@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from tiny_models import CHAT_TEMPLATE, tiny_tokenizer
+from tiny_models import CHAT_TEMPLATE, EOS_ID, tiny_tokenizer
 from tokenloom.cache.block_pool import BlockPool
 from tokenloom.config import Settings
 from tokenloom.engine.adapters import AdapterRegistry, LoadedAdapter
@@ -49,7 +49,13 @@ class FakeEngine:
     ) -> None:
         self.settings = settings
         self.tokenizer = Tokenizer(tiny_tokenizer(), SPECIAL, {"default": chat_template}, "fake")
-        self.engine = SimpleNamespace(adapters=AdapterRegistry(settings.adapters.max_loaded))
+        self.engine = SimpleNamespace(
+            adapters=AdapterRegistry(settings.adapters.max_loaded),
+            tokenizer=self.tokenizer,
+            config=SimpleNamespace(vocab_size=self.tokenizer.vocab_size),
+            end_tokens=(EOS_ID,),
+            settings=settings,
+        )
         self.alive = False
         self.failed = False
         self.draining = False

@@ -153,7 +153,8 @@ def test_parts_are_joined_and_developer_becomes_system(shared):
     text = shared.engine.tokenizer.decode(shared.engine.calls[-1].prompt, skip_special_tokens=False)
     assert text == (
         "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\na\nb<|im_end|>\n"
-        "<|im_start|>assistant\nc<|im_end|>\n<|im_start|>tool\nd<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>assistant\nc<|im_end|>\n"
+        "<|im_start|>user\n<tool_response>\nd\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
     )
 
 

@@ -100,15 +100,10 @@ def test_a_bad_message_is_named_by_its_path(shared, message, param):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("tool_choice", "required"),
-        ("tool_choice", {"type": "function", "function": {"name": "f"}}),
-        ("tools", [{"type": "function", "function": {"name": "f"}}]),
         ("functions", [{"name": "f"}]),
-        ("response_format", {"type": "json_object"}),
         ("modalities", ["text", "audio"]),
         ("audio", {"voice": "alloy"}),
         ("reasoning_effort", "high"),
-        ("guided_json", {}),
         ("chat_template", "{{ messages }}"),
         ("best_of", 2),
     ],

@@ -19,6 +19,7 @@ from tokenloom.config import Settings
 from tokenloom.engine.adapters import AdapterRegistry
 from tokenloom.engine.coserve import Coserver
 from tokenloom.engine.drafting import Drafting
+from tokenloom.engine.logits_processor import accept_token
 from tokenloom.engine.outputs import Delta, FinishReason, StepOutput, TokenLogprob
 from tokenloom.engine.prompt_rows import read_prompt_rows
 from tokenloom.engine.request import Request, Sequence
@@ -380,7 +381,10 @@ class Engine:
     def _extend(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> Delta:
         """Add a sampled token to its sequence and say what may be shown of it."""
         params = sequence.request.params
+        complete = bool(params.processors) and accept_token(sequence, token)
         sequence.tokens.append(token)
+        if sequence.failure is not None:
+            return self._give_up(sequence, sequence.failure)
         delta = Delta(sequence.index, "", [token], None if logprob is None else [logprob])
         is_end = token in self.end_tokens and not params.ignore_eos
         if (is_end or token in params.stop_token_ids) and sequence.num_output >= params.min_tokens:
@@ -393,11 +397,23 @@ class Engine:
             delta.text, delta.stop_reason = sequence.text.push(token, sequence.num_output)
             if delta.stop_reason is not None:
                 self._finish(sequence, "stop")
+            elif complete:
+                delta.text += sequence.text.finish()
+                self._finish(sequence, "stop")
             elif sequence.num_output >= self.max_output(sequence.request):
                 delta.text += sequence.text.finish()
                 self._finish(sequence, "length")
         delta.finish_reason = sequence.finish_reason
         return delta
+
+    def _give_up(self, sequence: Sequence, failure: Exception) -> Delta:
+        """End one choice whose processor failed; the token that it was to choose is not shown."""
+        fault = failure if isinstance(failure, RequestError) else None
+        error = str(fault or f"the engine failed on this request ({type(failure).__name__})")
+        sequence.finish_reason = "error"
+        self.scheduler.remove(sequence)  # its drafter goes when the pass is settled
+        param = fault.param if fault else None
+        return Delta(sequence.index, "", [], finish_reason="error", error=error, param=param)
 
     def max_output(self, request: Request) -> int:
         """Most tokens that a choice may have: what was asked, what the context and the KV pool hold."""

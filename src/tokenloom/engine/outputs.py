@@ -60,6 +60,8 @@ class Delta:
     stop_reason: str | int | None = None
     """The stop string or stop token id that ended the text, if one did."""
     error: str | None = None
+    param: str | None = None
+    """The request's field at fault, where `error` is the request's own."""
 
     def extend(self, other: Delta) -> None:
         """Add what the same choice gained next."""
@@ -68,6 +70,7 @@ class Delta:
         if self.logprobs is not None and other.logprobs is not None:
             self.logprobs += other.logprobs
         self.finish_reason, self.stop_reason = other.finish_reason, other.stop_reason
+        self.error, self.param = other.error, other.param
 
 
 @dataclass(slots=True)

@@ -106,6 +106,9 @@ class Sequence:
         self.policy: KVPolicy | None = None
         self.cached: CachedTokens | None = None
         self.guessing: Guessing | None = None
+        self.processors = [method.processor() for method in request.params.processors]
+        self.failure: Exception | None = None
+        """What a processor raised: the sequence ends before its next token."""
         self.text = StopText(request.params, detokenizer)
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokenloom.engine.logits_processor import apply_processors
 from tokenloom.engine.outputs import TokenLogprob
 from tokenloom.engine.request import Sequence
 from tokenloom.engine.sampling_params import SamplingParams
@@ -116,8 +117,10 @@ def token_logprobs(logits: Tensor, tokens: list[int], counts: list[int]) -> list
 
 
 def _edit(row: Tensor, sequence: Sequence, end_tokens: tuple[int, ...]) -> None:
-    """Apply penalties, bias and bans to one row of logits in place."""
+    """Apply processors, penalties, bias and bans to one row of logits in place."""
     params = sequence.request.params
+    if params.processors:
+        apply_processors(sequence, row)
     output = torch.tensor(sequence.output, dtype=torch.int64, device=row.device)
     if params.repetition_penalty != 1.0:
         seen = torch.tensor(sequence.tokens, device=row.device).unique()
@@ -134,7 +137,11 @@ def _edit(row: Tensor, sequence: Sequence, end_tokens: tuple[int, ...]) -> None:
     if sequence.num_output < params.min_tokens:
         banned = {*params.stop_token_ids, *end_tokens}
         if banned:
-            row[torch.tensor(sorted(banned), device=row.device)] = -torch.inf
+            ids = torch.tensor(sorted(banned), device=row.device)
+            held_back = row[ids]
+            row[ids] = -torch.inf
+            if params.processors and row.max() == -torch.inf:
+                row[ids] = held_back  # the end is all that the processors left
 
 
 def _draw(logits: Tensor, sequences: list[Sequence], rows: list[int], kernels: Kernels) -> list[int]:

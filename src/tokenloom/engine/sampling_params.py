@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from tokenloom.engine.logits_processor import LogitsMethod
 from tokenloom.errors import RequestError
 
 MAX_LOGPROBS = 20
@@ -40,6 +41,8 @@ class SamplingParams:
             They are of the model's own distribution, before temperature, penalties and filters.
         prompt_logprobs: the same for each prompt token after the first.
         skip_special_tokens: leave special tokens out of the text.
+        processors: hooks that edit the logits of each next token before all else does, such as a grammar
+            (`tokenloom.structured`). They are heard although `min_tokens` or `ignore_eos` ask for more.
 
     Raises:
         RequestError: naming the field, when a value is out of its range.
@@ -64,11 +67,13 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    processors: tuple[LogitsMethod, ...] = ()
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "processors", tuple(self.processors))
         _number(self, "temperature", low=0.0)
         _number(self, "top_p", low=0.0, high=1.0, open_low=True)
         _number(self, "min_p", low=0.0, high=1.0, open_high=True)
@@ -115,7 +120,8 @@ class SamplingParams:
     def edits_logits(self) -> bool:
         """Whether logits must be changed before the choice; False is the fast path."""
         return bool(
-            self.logit_bias
+            self.processors
+            or self.logit_bias
             or self.min_tokens
             or self.repetition_penalty != 1.0
             or self.presence_penalty

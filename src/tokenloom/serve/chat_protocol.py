@@ -22,6 +22,7 @@ from tokenloom.serve.protocol import (
     StopAtFirst,
     Usage,
 )
+from tokenloom.serve.tools_protocol import ToolCall, ToolCallDelta, ToolChoice, Tools
 
 MAX_MESSAGES = 4096
 
@@ -48,17 +49,8 @@ Content = Annotated[
 ]
 
 
-class FunctionCall(BaseModel):
-    name: str
-    arguments: str
-
-
-class ToolCall(BaseModel):
+class PastCall(ToolCall):
     """A call that the assistant made in an earlier turn."""
-
-    id: str
-    type: Literal["function"]
-    function: FunctionCall
 
     def for_template(self) -> dict[str, Any]:
         """With the arguments as an object, which is what chat templates print."""
@@ -81,7 +73,7 @@ class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
     name: str | None = None
-    tool_calls: Annotated[list[ToolCall], StopAtFirst(), Field(max_length=128)] | None = None
+    tool_calls: Annotated[list[PastCall], StopAtFirst(), Field(max_length=128)] | None = None
     tool_call_id: str | None = None
 
     def for_template(self, *, knows_developer: bool) -> dict[str, Any]:
@@ -114,12 +106,11 @@ Messages = Annotated[list[Message], StopAtFirst(), Field(min_length=1, max_lengt
 class ChatRequest(SamplingFields):
     """POST /v1/chat/completions.
 
-    `tools` are shown to the model where its chat template knows them; calls are not parsed out of its answer.
+    Of `tools` the model is told by its chat template, or in words where that knows none.
     """
 
     refused: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         **SamplingFields.refused,
-        "tool_choice": ("auto", "none"),
         "functions": ([],),
         "function_call": ("none",),
         "modalities": (["text"],),
@@ -143,8 +134,9 @@ class ChatRequest(SamplingFields):
     metadata: Metadata | None = None
     store: Flag | None = Field(None, description="Taken, and without effect: nothing is kept.")
     safety_identifier: str | None = Field(None, max_length=128)
-    tools: Annotated[list[dict[str, Any]], StopAtFirst(), Field(max_length=128)] | None = None
-    tool_choice: Literal["auto", "none"] | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: Flag | None = None
     add_generation_prompt: Flag = True
 
     @model_validator(mode="after")
@@ -187,17 +179,24 @@ class ChatLogprobs(BaseModel):
     refusal: None = None
 
 
+# "tool_calls": it ended where the engine says "stop", and there are calls.
+ChatFinishReason = FinishReason | Literal["tool_calls"]
+
+
 class ChatMessage(BaseModel):
+    """`content` is null where there are calls and nothing else."""
+
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatChoice(BaseModel):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: ChatFinishReason | None
     stop_reason: str | int | None = Field(None, description="The stop string or token id that ended it.")
 
 
@@ -214,13 +213,14 @@ class ChatResponse(BaseModel):
 class ChatDelta(BaseModel):
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChunkChoice(BaseModel):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: ChatFinishReason | None
     stop_reason: str | int | None = None
 
 

@@ -31,6 +31,7 @@ from tokenloom.serve.json_body import JSONRoute, write_json
 from tokenloom.serve.logprobs import CompletionLogprobsWriter, joined, prompt_logprobs
 from tokenloom.serve.models import Models
 from tokenloom.serve.streaming import EventStream, documented, primed
+from tokenloom.serve.structured_output import structured_params
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -53,6 +54,7 @@ def completions_router(engine: AsyncEngine, models: Models) -> APIRouter:
             logprobs=body.logprobs,
             prompt_logprobs=body.logprobs if scores_prompt else body.prompt_logprobs,
         )
+        params = await structured_params(engine, params, body)
         with prompt_is("prompt"):
             generation = await Generation.start(engine, body, prompts, params, adapter, body.compress_upto)
         answer = _Answer(engine, body, generation)

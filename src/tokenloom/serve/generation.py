@@ -257,6 +257,8 @@ class Generation:
 def _check_step(step: StepOutput) -> None:
     """What ended a request from the inside must not pass for an answer."""
     for delta in step.deltas:
+        if delta.finish_reason == "error" and delta.param is not None:
+            raise RequestError(delta.error or "", param=delta.param)
         if delta.finish_reason == "error":
             raise GenerationError(delta.error or "the engine failed on this request")
         if delta.finish_reason == "abort":

@@ -68,8 +68,7 @@ class Jobs:
 
 def open_jobs(engine: AsyncEngine, settings: Settings, tracing: Tracing | None = None) -> Jobs:
     """Open the store in the home folder. A server whose store cannot be used still serves: it says so in the
-    log, and answers 503 on the routes of files, jobs and batches. With `tracing` each run of a job is one span.
-    """
+    log, and answers 503 on the routes of files, jobs and batches. With `tracing` a job's runs are spans."""
     try:
         store = _open_store(home(), settings.jobs)
     except (StoreError, OSError) as error:

@@ -28,6 +28,7 @@ from pydantic_core import PydanticKnownError
 from tokenloom.engine.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_N, MAX_STOP_STRINGS
 from tokenloom.errors import RequestError
 from tokenloom.methods.registry import MAX_SPEC_CHARACTERS
+from tokenloom.serve.response_format import StructuredFields
 
 MAX_STOP_CHARACTERS = 256
 MAX_STOP_TOKEN_IDS = 256
@@ -145,16 +146,10 @@ class StreamOptions(BaseModel):
     include_usage: Flag | None = None
 
 
-class SamplingFields(RequestBody):
+class SamplingFields(StructuredFields, RequestBody):
     """What chat and text completions have in common. The second half extends OpenAI's API."""
 
     refused: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "response_format": ({"type": "text"},),
-        "structured_outputs": (),
-        "guided_json": (),
-        "guided_regex": (),
-        "guided_choice": (),
-        "guided_grammar": (),
         "use_beam_search": (False,),
         "length_penalty": (1,),
         "logits_processors": ([],),

@@ -101,6 +101,12 @@ class Tokenizer:
         template = self._templates.get("default")
         return None if template is None else template.source
 
+    @property
+    def tool_template(self) -> str | None:
+        """Source of the chat template for conversations with tools; None if the model has none."""
+        template = self._templates.get("tool_use")
+        return self.chat_template if template is None else template.source
+
     def pad_vocabulary(self, vocab_size: int) -> None:
         """Take in the ids up to the model's vocabulary size: it can emit them, and they decode to nothing."""
         self.vocab_size = max(self.vocab_size, vocab_size)
