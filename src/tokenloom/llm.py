@@ -182,8 +182,12 @@ class LLM:
         adapter: str | None = None,
         kv: str | None = None,
         draft: str | None = None,
+        compress_upto: int | None = None,
     ) -> Iterator[Delta]:
         """Continue one prompt, piece by piece. Ending the iteration early aborts it.
+
+        Args:
+            prompt: a string, or token ids. The others are as in `generate`.
 
         Yields:
             What each choice gained, in the order in which it came.
@@ -191,7 +195,13 @@ class LLM:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         chosen, (method, guesses) = self._adapter(adapter), methods_of(self.settings, kv, draft)
         request = Request(
-            self._next_id(), ids, params or SamplingParams(), adapter=chosen, kv=method, draft=guesses
+            self._next_id(),
+            ids,
+            params or SamplingParams(),
+            adapter=chosen,
+            kv=method,
+            draft=guesses,
+            compress_upto=compress_upto,
         )
         self.engine.add(request)
         try:

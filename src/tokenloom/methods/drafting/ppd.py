@@ -118,6 +118,11 @@ def _read(engine: Any) -> Learned:
     return Learned(vectors.to(engine.device, engine.dtype), table)
 
 
+def refresh(engine: Any) -> None:
+    """Vectors were trained anew: sequences that begin from now on use them."""
+    engine.drafting.shared["ppd"] = _read(engine)
+
+
 class Prompter:
     """One sequence's guesses: those that the last pass left."""
 
