@@ -295,7 +295,7 @@ class Drafting:
         drafts = [plan.drafts[sequence] for sequence in asking]
         rows = [draft.first_row + i for draft in drafts for i in range(1 + len(draft.tree))]
         heard = logits if rows == list(range(len(logits))) else logits[rows]
-        top = self.engine.decoder.kernels.top(heard, max(asking.values()))[1].cpu().numpy()
+        top = self.engine.decoder.kernels.likeliest(heard, max(asking.values())).cpu().numpy()
         return _apart(asking, top, [1 + len(draft.tree) for draft in drafts])
 
     def _guesses(self, plan: Plan, hidden: Tensor) -> dict[Sequence, np.ndarray]:
@@ -309,7 +309,7 @@ class Drafting:
             return {}
         start, decoder = time.perf_counter(), self.engine.decoder
         logits = decoder.logits(hidden[[row for rows in asked.values() for row in rows]])
-        top = decoder.kernels.top(logits, GUESSES)[1].cpu().numpy()
+        top = decoder.kernels.likeliest(logits, GUESSES).cpu().numpy()
         took_ms = (time.perf_counter() - start) * 1e3 / len(asked)
         for sequence in asked:
             if sequence.guessing is not None:

@@ -44,7 +44,7 @@ PAPER80 = _in_order(_paths(_PAPER80))
 TREES: dict[str, list[Path]] = {
     "auto": PAPER80,
     "paper80": PAPER80,
-    "n16": PAPER80[:16],
+    **{f"n{count}": PAPER80[:count] for count in (4, 8, 16, 32)},
     "chain4": [(0,) * depth for depth in range(1, 5)],
 }
 
@@ -66,8 +66,8 @@ class TokenRecycling:
     Parameters:
         k: candidates of a token.
         tree: auto: of the paper's tree the nodes that are worth their time, pass by pass. Or all of one:
-            paper80 (the paper's, 80 nodes, depth 6), n16 (its 16 likeliest), chain4 (first candidates, 4 in a
-            row).
+            paper80 (the paper's, 80 nodes, depth 6), n4, n8, n16, n32 (its likeliest nodes), chain4 (first
+            candidates, 4 in a row).
         scope: who shares a table: adapter (requests of one adapter), engine, request.
         conflict: whose candidates stay where a token is at several nodes: bfs_last (the deepest, as when
             nodes are written in order), accepted_wins (one that became text).
