@@ -51,7 +51,7 @@ def print_warming(results: dict[str, Any], out: Console) -> None:
         edges = [round(i * count / parts) for i in range(parts + 1)]
         ranges = list(pairwise(edges))
         table = Table(
-            Column("drafter", overflow="fold"),
+            Column("drafter", overflow="fold", min_width=12),
             *(Column(_range(begin, end), justify="right", no_wrap=True) for begin, end in ranges),
             title=f"tokens per pass by answer (repeats), temperature {temperature:g}",
             box=SIMPLE,

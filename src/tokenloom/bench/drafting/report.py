@@ -19,12 +19,12 @@ def write_json(results: dict[str, Any], folder: Path) -> Path:
 
 
 def print_table(results: dict[str, Any], out: Console) -> None:
-    """Tokens/s are of decoding alone; `x` is against no drafting on the same prompts, in turn with it; `ms` is
-    what guessing takes of a pass besides its rows."""
+    """Tokens/s are of decoding alone; `x` is against no drafting on the same prompts, in turn with it. So
+    many `ms` of a pass go into guessing, besides its rows."""
     names = ("tok/s", "x", "tok/pass", "no loops", "accepted", "ms", "repeats", "same")
     for temperature in dict.fromkeys(row["temperature"] for row in results["rows"]):
         table = Table(
-            Column("drafter", overflow="fold"),
+            Column("drafter", overflow="fold", min_width=12),
             *(Column(name, justify="right", no_wrap=True) for name in names),
             title=f"temperature {temperature:g}",
             box=SIMPLE,
