@@ -10,8 +10,12 @@ from typing import Any
 import openai
 import pytest
 from safetensors import safe_open
+from typer.testing import CliRunner
 
 from running import Running, assert_error
+from tiny_models import build_tiny
+from tokenloom.cli import app
+from tokenloom.errors import RequestError
 from tuning_server import PROMPT, client_of, rows, say, start, steps_of, until, upload
 
 
@@ -117,6 +121,23 @@ def test_a_file_without_room_for_cuts_fails_the_job(begin):
     )
     job = until(client, job.id, "succeeded", "failed")
     assert job.error.code == "training_failed" and "longer than 9 tokens" in job.error.message
+
+
+def test_the_command_has_a_server_write_answers_and_train(tmp_path, monkeypatch):
+    monkeypatch.setenv("TOKENLOOM_HOME", str(tmp_path / "home"))
+    model, _ = build_tiny(tmp_path, max_position_embeddings=4096)  # prompts of bytes are long
+    server = start(model, drafting__persist=False)
+    try:
+        sizes = ["--texts", "2", "--held-out", "1", "--new-tokens", "16", "--steps", "1", "--cuts", "2"]
+        done = CliRunner().invoke(app, ["train", "ppd", "--server", server.url, *sizes])
+        assert done.exit_code == 0, done.output
+        [job] = client_of(server).fine_tuning.jobs.list().data
+        assert job.status == "succeeded" and job.method.type == "ppd" and job.validation_file
+        assert say(server, "tiny", draft="ppd(rows=12)") == say(server, "tiny")
+        refused = CliRunner().invoke(app, ["train", "ppd", "--server", server.url, "--evaluate"])
+        assert isinstance(refused.exception, RequestError)
+    finally:
+        server.stop()
 
 
 @pytest.mark.parametrize(
