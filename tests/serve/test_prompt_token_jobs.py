@@ -63,7 +63,7 @@ def test_a_job_trains_what_drafts_then_use(begin, tmp_path):
     undrafted = say(server, "tiny")
 
     job = create(client, epochs=8, rate=0.3)
-    assert (job.method.type, job.method.supervised) == ("ppd", None)
+    assert (job.method.type, job.method.supervised, job.lora) == ("ppd", None, None)
     during = [say(server, "tiny") for _ in range(3)]
     job = until(client, job.id, "succeeded", "failed")
 

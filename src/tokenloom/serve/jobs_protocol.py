@@ -76,7 +76,8 @@ class JobFailure(BaseModel):
 
 
 class Job(BaseModel):
-    """A fine-tuning job. `lora` and `training` are extensions; `training.learning_rate` is the peak rate."""
+    """A fine-tuning job. `lora` (null where none is trained) and `training` are extensions;
+    `training.learning_rate` is the peak rate."""
 
     id: str
     object: Literal["fine_tuning.job"] = "fine_tuning.job"
@@ -97,7 +98,7 @@ class Job(BaseModel):
     seed: int
     metadata: dict[str, str] | None
     integrations: list[Any] = []
-    lora: LoraOptions
+    lora: LoraOptions | None
     training: TrainingOptions
 
 
@@ -190,7 +191,7 @@ def job_object(record: JobRecord) -> Job:
         error=None if record.error is None else JobFailure(**vars(record.error)),
         seed=record.seed,
         metadata=record.metadata,
-        lora=record.requested.lora,
+        lora=record.requested.lora if record.requested.ppd is None else None,
         training=training,
     )
 

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from draft_rig import build_engine, text_of, tiny_files
+from draft_rig import build_engine, request, text_of, tiny_files
 from ppd_rig import random_vectors
 from tokenloom.batch import BatchBuilder
 from tokenloom.cache.block_pool import OutOfBlocks
 from tokenloom.engine.engine import Engine
+from tokenloom.engine.latency_model import Features, LatencyModel
 from tokenloom.finetune.data import Sample
 from tokenloom.finetune.hyperparameters import JobOptions, resolve_hyperparameters
 from tokenloom.finetune.progress import Snapshot
@@ -160,3 +161,37 @@ def test_pieces_are_priced_by_whole_cuts(files: ModelFiles) -> None:
     assert part.piece_features(1) == part.piece_features(5) != part.piece_features(6)
     assert part.piece_features(12).bwd_rows == 12 * engine.config.num_layers
     part.release()
+
+
+class Foretold(LatencyModel):
+    """Every row of a batch or a piece takes 10 ms, in each layer that goes backward too."""
+
+    def __init__(self) -> None:
+        super().__init__(LatencyModel.fit([(Features(rows=1), 1.0)]).beta, [1.0], {})
+        self.asked: list[Features] = []
+
+    def predict(self, features: Features) -> float:
+        return 10.0 * (features.rows + features.bwd_rows + features.loss_rows + features.optimizer)
+
+    corrected = planned = predict
+
+    def observe(self, features: Features, measured_ms: float) -> None:
+        self.asked.append(features)
+
+
+def test_pieces_stay_within_what_a_decode_may_wait(files: ModelFiles) -> None:
+    """A token's target less the margin, and at most half a token's time more."""
+    engine = build_engine(files, slo__tpot_ms=1000.0, slo__ttft_ms=1e6, ft__min_rows=3)
+    model = engine.coserver.latency = Foretold()
+    job = trainer(engine, Listener(), cuts=100)
+    engine.coserver.add(job)
+    engine.add(request([1, 2, 3], max_tokens=200, logprobs=None))
+    for _ in range(60):
+        engine.step()
+    limit = 1000.0 * 0.9 * 1.5
+    pieces = [model.predict(features) for features in model.asked if features.bwd_rows]
+    assert 0.4 * limit < max(pieces) <= limit
+    assert job.progress.step > 0 and any(features.train_rows for features in model.asked)
+    engine.abort("r")
+    engine.coserver.remove(job)
+    assert engine.pool.num_used == 0
