@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 PROBE_AFTER, MOST_WAIT = 16, 256
 """A sequence whose guesses were not worth it tries a few again after so many passes, then twice as many."""
 PROBE_NODES = 3
+CHEAP_MS = 0.5
+"""A proposal that takes longer is made of no more nodes than are tried; others are weighed whole."""
 MOST_REFUSED = 64
 MOST_NODES = 128
 LISTEN_EVERY = 8
@@ -136,7 +138,7 @@ class Drafting:
         resting = not drafter.fixed and 0 < guessing.idle < guessing.wait and beside >= guessing.beside
         if drafter.fixed:
             most = room
-        elif guessing.idle >= guessing.wait:
+        elif guessing.idle >= guessing.wait and guessing.cost_ms > CHEAP_MS:
             most = min(PROBE_NODES, room)
         else:
             most = min(guessing.most, room)
