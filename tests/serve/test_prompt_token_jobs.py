@@ -16,6 +16,7 @@ from running import Running, assert_error
 from tiny_models import build_tiny
 from tokenloom.cli import app
 from tokenloom.errors import RequestError
+from tokenloom.finetune.job_request import parse_job
 from tuning_server import PROMPT, client_of, rows, say, start, steps_of, until, upload
 
 
@@ -149,10 +150,7 @@ def test_the_command_has_a_server_write_answers_and_train(tmp_path, monkeypatch)
         ({"method": {"type": "dpo"}}, "method.type"),
     ],
 )
-def test_what_does_not_go_with_it_is_refused(begin, fields, param):
-    server = begin()
-    file = upload(client_of(server), rows(12))
-    response = server.http.post(
-        "/v1/fine_tuning/jobs", json={"model": "tiny", "training_file": file, **fields}
-    )
-    assert_error(response, 400, param)
+def test_what_does_not_go_with_it_is_refused(fields, param):
+    with pytest.raises(RequestError) as caught:
+        parse_job({"model": "tiny", "training_file": "file-1", **fields}).options()
+    assert caught.value.param == param
