@@ -175,6 +175,77 @@ void check_few_products(const Kernels& kernels, const Kernels& plain, Work& work
     }
 }
 
+// The gradient, from one forward pass of the portable kernels: rows that read many keys, and rows from the first on.
+void check_attention_backward(const Kernels& kernels, const Kernels& plain, Work& work, int head_dim, int window) {
+    constexpr int heads = 4, kv_heads = 2, block_size = 16, past = 150, slots = 192, rows = 30;
+    const AttentionShape shape{heads, kv_heads, head_dim, block_size, window, heads * head_dim, heads * head_dim};
+    std::vector<int32_t> blocks(slots / block_size);
+    for (size_t i = 0; i < blocks.size(); ++i) blocks[i] = static_cast<int32_t>(blocks.size() - 1 - i);
+    const std::vector<Span> spans{{0, 9, past, blocks.data()}, {9, 21, 21, blocks.data() + 10}};
+    const int tokens = past + 21, first_tokens[] = {0, past};
+    const AttentionPlan plan = plan_attention(spans, shape);
+    const size_t size = static_cast<size_t>(rows) * heads * head_dim;
+    const auto q = normal(size), d_out = normal(size);
+    auto cache = normal(2 * static_cast<size_t>(slots) * kv_heads * head_dim);
+    const KVLayer kv{cache.data(), cache.data() + cache.size() / 2, nullptr, nullptr};
+    std::vector<float> out(size), lse(rows * heads), merged(plan.partial_rows * (head_dim + 2));
+    plain.attention(work, q.data(), shape, spans.data(), plan.tasks.data(), static_cast<int>(plan.tasks.size()),
+                    merged.data(), kv, out.data(), lse.data());
+    const size_t keys = static_cast<size_t>(kv_heads) * tokens * head_dim;
+    std::vector<float> dq[2], dk[2], dv[2];
+    for (int side = 0; side < 2; ++side) {
+        dq[side].resize(size);
+        dk[side].assign(keys, 0.5f);  // what is there is added to
+        dv[side].assign(keys, 0.5f);
+        AttentionGradients g{};
+        g.q = q.data();
+        g.out = out.data();
+        g.d_out = d_out.data();
+        g.lse = lse.data();
+        g.q_stride = g.out_stride = g.d_out_stride = g.dq_stride = heads * head_dim;
+        g.dq = dq[side].data();
+        g.dk = dk[side].data();
+        g.dv = dv[side].data();
+        g.head_stride = static_cast<ptrdiff_t>(tokens) * head_dim;
+        g.first_tokens = first_tokens;
+        g.spans = spans;
+        const auto [prepared, partials] = plan_gradients(g, shape);
+        std::vector<float> room(prepared + partials);
+        g.prepared = room.data();
+        g.partials = room.data() + prepared;
+        (side ? plain : kernels).attention_backward(work, shape, g, kv);
+    }
+    check("attention_backward dq", head_dim, dq[0], dq[1], 1e-4f);
+    check("attention_backward dk", head_dim, dk[0], dk[1], 1e-4f);
+    check("attention_backward dv", head_dim, dv[0], dv[1], 1e-4f);
+}
+
+// Pages, the last of them open, of which heads choose the best: each its own, or a group together.
+void check_pages(const Kernels& kernels, const Kernels& plain, Work& work, int width) {
+    constexpr int heads = 6, kv_heads = 2, page = 8, length = 8 * 150 + 3, total = 151, count = 20;
+    const auto q = normal(heads * width);
+    auto bounds = normal(static_cast<size_t>(total - 1) * kv_heads * 2 * width);
+    for (size_t i = 0; i < bounds.size(); i += 2 * width) {
+        for (int d = 0; d < width; ++d) {
+            if (bounds[i + d] < bounds[i + width + d]) std::swap(bounds[i + d], bounds[i + width + d]);
+        }
+    }
+    std::vector<int64_t> slots(length);
+    for (int i = 0; i < length; ++i) slots[i] = i * 7 % length;
+    for (bool by_group : {false, true}) {
+        const Pages pages{bounds.data(), slots.data(), 11, kv_heads, width, page, length, total, count, by_group};
+        std::vector<float> best[2];
+        std::vector<int64_t> cells[2];
+        for (int side = 0; side < 2; ++side) {
+            best[side].resize(heads * (total - 1));
+            cells[side].resize(static_cast<size_t>(by_group ? kv_heads : heads) * pages.tokens());
+            (side ? plain : kernels).choose_pages(work, q.data(), pages, heads, best[side].data(), cells[side].data());
+        }
+        check("choose_pages", width, best[0], best[1], 1e-5f);
+        if (cells[0] != cells[1]) check("choose_pages' cells", width, {1.0f}, {2.0f}, 0.0f);
+    }
+}
+
 // Decodes that have 512 keys in common, as many as few and as many as many queries.
 void check_shared(const Kernels& kernels, const Kernels& plain, Work& work, int rows) {
     constexpr int heads = 4, kv_heads = 2, head_dim = 32, block_size = 16, prefix = 512;
@@ -230,7 +301,9 @@ int main() {
         check_rows(*found[i], plain, work);
         for (int head_dim : {8, 16, 32, 64, 80, 96, 128}) {
             for (bool quantized : {false, true}) check_attention(*found[i], plain, work, head_dim, quantized);
+            for (int window : {0, 40}) check_attention_backward(*found[i], plain, work, head_dim, window);
         }
+        for (int width : {8, 64, 128}) check_pages(*found[i], plain, work, width);
         check_few_products(*found[i], plain, work);
         for (int rows : {2, 40}) check_shared(*found[i], plain, work, rows);
         check_top(*found[i], plain, work);

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
 from tiny_models import build_tiny
 from tokenloom import LLM, SamplingParams, __version__
+from tokenloom.cli import app
 
 
 def run(*args: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
@@ -74,6 +76,28 @@ def test_generate_equals_the_python_api(folder: Path) -> None:
     expected = LLM(str(folder)).generate("hello", SamplingParams(temperature=0, max_tokens=12))[0].text
     assert done.returncode == 0, done.stderr
     assert done.stdout == expected + "\n"
+
+
+def test_generate_compresses_what_comes_before_the_question(folder: Path) -> None:
+    spec, text = "snapkv(budget=8, window=4)", "once upon a time a boat came to the shore; why?"
+    done = run(
+        "generate", text, "-m", str(folder), "--kv", spec, "--compress-upto", "30", "--max-tokens", "9"
+    )
+    llm, params = LLM(str(folder)), SamplingParams(temperature=0, max_tokens=9)
+    assert done.stdout == llm.generate(text, params, kv=spec, compress_upto=30)[0].text + "\n", done.stderr
+    deltas = llm.stream(text, params, kv=spec, compress_upto=30)
+    assert "".join(delta.text for delta in deltas) + "\n" == done.stdout
+    assert llm.generate(text, params, kv=spec)[0].text + "\n" != done.stdout
+
+
+def test_chat_compresses_the_first_messages(folder: Path) -> None:
+    args = ["chat", "-m", str(folder), "--temperature", "0", "--max-tokens", "8", "--system", "be a " * 20]
+    spec = "snapkv(budget=8, window=4)"
+    done = CliRunner().invoke(app, [*args, "--kv", spec, "--compress-upto", "1"], input="hi\n/exit\n")
+    messages = [{"role": "system", "content": "be a " * 20}, {"role": "user", "content": "hi"}]
+    params = SamplingParams(temperature=0, top_p=0.9, max_tokens=8)
+    [output] = LLM(str(folder)).chat(messages, params, kv=spec, compress_upto=1)
+    assert output.text in done.stdout and done.exit_code == 0, done.stderr
 
 
 def test_generate_json_gives_one_object_per_answer(folder: Path) -> None:

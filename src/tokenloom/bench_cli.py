@@ -152,6 +152,12 @@ def bench_drafting(
     prompts: Annotated[int, typer.Option(min=1, help="Of each workload.")] = 4,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 128,
     streams: Annotated[int, typer.Option(min=1, help="Prompts answered together.")] = 1,
+    curve: Annotated[
+        str, typer.Option(help="Token_recycling along k, tree or k,tree, beside the specs.")
+    ] = "",
+    warming: Annotated[
+        bool, typer.Option("--warming", help="Print tokens per pass by answer: what drafters learned.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of the prompts, and of what is drawn.")] = 0,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the file.")] = Path(
         "results/drafting"
@@ -167,9 +173,13 @@ def bench_drafting(
     set_: Set = None,
 ) -> None:
     """Compare drafters: passes, accepted guesses and tokens/s, against no drafting. Writes results.json."""
-    from tokenloom.bench.drafting import report
+    from tokenloom.bench.drafting import curves, ppd_accuracy, report
     from tokenloom.bench.drafting.run import measure
 
+    chosen = [
+        *(specs or []),
+        *(curves.specs_of([name.strip() for name in curve.split(",")]) if curve else []),
+    ]
     flags = {
         "drafting.persist": False,  # nothing may be known of these prompts
         "cache.prefix_caching": False,  # every answer begins with the same chunks
@@ -179,7 +189,7 @@ def bench_drafting(
     with err.status("measuring") as status:
         results = measure(
             llm,
-            specs or ["ngram", "token_recycling", "token_recycling+ngram"],
+            chosen or ["ngram", "token_recycling", "token_recycling+ngram"],
             [kind.strip() for kind in workload.split(",")],
             temperatures=[float(part) for part in temperature.split(",")],
             count=prompts,
@@ -188,9 +198,16 @@ def bench_drafting(
             seed=seed,
             tell=status.update,
         )
+    if any("ppd" in spec for spec in chosen):
+        results["ppd_accuracy"] = ppd_accuracy.accuracy(llm.engine)
+        results["ppd_accuracy_of_the_paper"] = ppd_accuracy.PAPER
     path = report.write_json(results, output)
     if json_:
         print(json.dumps(results, indent=2))
-    else:
-        report.print_table(results, out)
-        out.print(f"written: {path}", highlight=False)
+        return
+    report.print_table(results, out)
+    if warming:
+        curves.print_warming(results, out)
+    if "ppd_accuracy" in results:
+        ppd_accuracy.print_accuracy(results["ppd_accuracy"], llm.engine.name, out)
+    out.print(f"written: {path}", highlight=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -151,12 +152,16 @@ def chat(
     backend: Backend = None,
     threads: Threads = None,
     kv: KV = None,
+    compress_upto: Annotated[
+        int | None, typer.Option(min=1, help="So many first messages are what --kv compresses.")
+    ] = None,
     draft: Draft = None,
     config: Config = None,
     set_: Set = None,
 ) -> None:
     """Chat with a model in the terminal. /reset forgets the conversation, /exit leaves."""
     from tokenloom.engine.sampling_params import SamplingParams
+    from tokenloom.text.chat_context import context_tokens
 
     flags = {
         "methods.kv": kv,
@@ -185,7 +190,12 @@ def chat(
         answer = ""
         try:
             prompt = llm.tokenizer.encode(llm.tokenizer.render_chat(history), add_special_tokens=False)
-            for delta in llm.stream(prompt, params, adapter=name):
+            upto = None
+            if compress_upto is not None:
+                render = partial(llm.tokenizer.render_chat, add_generation_prompt=False)
+                messages = min(compress_upto, len(history))  # there are few at first
+                upto = context_tokens(llm.tokenizer, render, history, messages, prompt)
+            for delta in llm.stream(prompt, params, adapter=name, compress_upto=upto):
                 answer += delta.text
                 print(delta.text, end="", flush=True)
         except KeyboardInterrupt:  # stop this answer, not the chat
@@ -214,6 +224,9 @@ def generate(
     backend: Backend = None,
     threads: Threads = None,
     kv: KV = None,
+    compress_upto: Annotated[
+        int | None, typer.Option(min=1, help="So many first tokens are what --kv compresses.")
+    ] = None,
     draft: Draft = None,
     config: Config = None,
     set_: Set = None,
@@ -231,11 +244,12 @@ def generate(
     name = _load_adapter(llm, adapter)
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed, n=n)
     if n == 1 and not json_:
-        for delta in llm.stream(text, params, adapter=name):
+        for delta in llm.stream(text, params, adapter=name, compress_upto=compress_upto):
             print(delta.text, end="", flush=True)
         print()
         return
-    for choice in llm.generate(text, params, adapter=name)[0].completions:
+    [output] = llm.generate(text, params, adapter=name, compress_upto=compress_upto)
+    for choice in output.completions:
         fields = {"text": choice.text, "tokens": len(choice.token_ids), "finish_reason": choice.finish_reason}
         print(json.dumps(fields, ensure_ascii=False) if json_ else f"[{choice.index}] {choice.text}")
 

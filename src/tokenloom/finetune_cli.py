@@ -129,13 +129,19 @@ def train_on_server(
     display: Display,
 ) -> str:
     """Upload, start a job, and follow it to its end. Returns the finished model's name."""
+    with connect(url, key) as client:
+        name = follow(client, create(client, model, data, validation, suffix, seed, options), display)
+    assert name is not None  # jobs that train an adapter always make one
+    return name
+
+
+def connect(url: str, key: str) -> httpx.Client:
+    """To a server's root, with the key if there is one. Raises ServerError: the URL is none."""
     headers = {"authorization": f"Bearer {key}"} if key else {}
     try:
-        client = httpx.Client(base_url=url.rstrip("/").removesuffix("/v1"), headers=headers, timeout=60.0)
+        return httpx.Client(base_url=url.rstrip("/").removesuffix("/v1"), headers=headers, timeout=60.0)
     except httpx.InvalidURL as error:
         raise ServerError(f"--server {url}: {error}") from error
-    with client:
-        return follow(client, create(client, model, data, validation, suffix, seed, options), display)
 
 
 def create(
@@ -152,32 +158,34 @@ def create(
 
     requested = parse_options(options)
     body: dict[str, Any] = {
-        "model": model or _served_model(client),
-        "training_file": _upload(client, data),
+        "model": model or served_model(client),
+        "training_file": upload(client, data),
         "seed": seed,
         "hyperparameters": requested.hyperparameters.model_dump(exclude_unset=True),
         "lora": requested.lora.model_dump(exclude_unset=True),
     }
     if validation is not None:
-        body["validation_file"] = _upload(client, validation)
+        body["validation_file"] = upload(client, validation)
     if suffix is not None:
         body["suffix"] = suffix
-    job_id: str = _call(client, "POST", "/v1/fine_tuning/jobs", json=body)["id"]
+    job_id: str = call(client, "POST", "/v1/fine_tuning/jobs", json=body)["id"]
     return job_id
 
 
-def _served_model(client: httpx.Client) -> str:
-    models = _call(client, "GET", "/v1/models").get("data")
+def served_model(client: httpx.Client) -> str:
+    """The first that the server names."""
+    models = call(client, "GET", "/v1/models").get("data")
     if not models:
         raise ServerError(f"--server {client.base_url}: names no model")
     name: str = models[0]["id"]
     return name
 
 
-def _upload(client: httpx.Client, path: Path) -> str:
+def upload(client: httpx.Client, path: Path) -> str:
+    """A file for fine-tuning; its id."""
     try:
         with path.open("rb") as file:
-            answer = _call(
+            answer = call(
                 client, "POST", "/v1/files", data={"purpose": "fine-tune"}, files={"file": (path.name, file)}
             )
     except OSError as error:
@@ -188,8 +196,8 @@ def _upload(client: httpx.Client, path: Path) -> str:
 
 def follow(
     client: httpx.Client, job_id: str, display: Display, sleep: Callable[[float], None] = time.sleep
-) -> str:
-    """Show a job's events until it ends.
+) -> str | None:
+    """Show a job's events until it ends; the name of the model that it made, if it made one.
 
     Raises:
         ServerError: the job failed, was cancelled or paused; or the server is gone.
@@ -200,7 +208,7 @@ def follow(
     try:
         with display.bar:
             while True:
-                job = _call(client, "GET", f"/v1/fine_tuning/jobs/{job_id}")
+                job = call(client, "GET", f"/v1/fine_tuning/jobs/{job_id}")
                 for event in _new_events(client, job_id, seen):
                     if event.get("type") == "metrics":
                         steps.append(event)
@@ -222,7 +230,7 @@ def follow(
         raise ServerError(
             f"job {job_id} is {job['status']}: {error.get('message') or 'nothing more is known'}"
         )
-    name: str = job["fine_tuned_model"]
+    name: str | None = job["fine_tuned_model"]
     return name
 
 
@@ -232,7 +240,7 @@ def _new_events(client: httpx.Client, job_id: str, seen: set[str]) -> list[dict[
     after = None
     while True:
         query = {"limit": 100, **({"after": after} if after else {})}
-        page = _call(client, "GET", f"/v1/fine_tuning/jobs/{job_id}/events", params=query)
+        page = call(client, "GET", f"/v1/fine_tuning/jobs/{job_id}/events", params=query)
         new = [event for event in page["data"] if event["id"] not in seen]
         fresh += new
         if len(new) < len(page["data"]) or not page["has_more"]:
@@ -270,7 +278,8 @@ def slo_state(client: httpx.Client) -> str:
     return ", ".join(parts)
 
 
-def _call(client: httpx.Client, method: str, path: str, **options: Any) -> dict[str, Any]:
+def call(client: httpx.Client, method: str, path: str, **options: Any) -> dict[str, Any]:
+    """The answer's JSON object. Raises ServerError with the server's own words."""
     try:
         answer = client.request(method, path, **options)
         body = answer.json()

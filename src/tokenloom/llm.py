@@ -190,8 +190,12 @@ class LLM:
         kv: str | None = None,
         draft: str | None = None,
         structured: Structured | None = None,
+        compress_upto: int | None = None,
     ) -> Iterator[Delta]:
         """Continue one prompt, piece by piece. Ending the iteration early aborts it.
+
+        Args:
+            prompt: a string, or token ids. The others are as in `generate`.
 
         Yields:
             What each choice gained, in the order in which it came.
@@ -199,7 +203,15 @@ class LLM:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         chosen, (method, guesses) = self._adapter(adapter), methods_of(self.settings, kv, draft)
         [wanted] = self._constrained([params or SamplingParams()], structured)
-        request = Request(self._next_id(), ids, wanted, adapter=chosen, kv=method, draft=guesses)
+        request = Request(
+            self._next_id(),
+            ids,
+            wanted,
+            adapter=chosen,
+            kv=method,
+            draft=guesses,
+            compress_upto=compress_upto,
+        )
         self.engine.add(request)
         try:
             while not request.finished:

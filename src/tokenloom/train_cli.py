@@ -48,8 +48,30 @@ def ppd(
     ] = False,
     log: Annotated[Path | None, typer.Option(help="A JSON file for the training log.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; 0 takes torch's own choice.")] = None,
+    server: Annotated[str, typer.Option(help="URL of a running server: it trains for its own model.")] = "",
+    api_key: Annotated[str, typer.Option(help="For the server.")] = "",
 ) -> None:
     """Train the prompt tokens of `ppd`, or measure them, on the model's own greedy answers."""
+    if server:
+        from tokenloom.finetune_cli import Display
+        from tokenloom.train_server import train_ppd_on_server
+
+        if evaluate or float32 or log is not None or threads is not None:
+            raise RequestError("server: --evaluate, --float32, --log and --threads are of a training here")
+        train_ppd_on_server(
+            server,
+            api_key,
+            texts=texts,
+            held_out=held_out,
+            new_tokens=new_tokens,
+            steps=steps,
+            rate=rate,
+            seed=seed,
+            knobs={"prompts": prompts, "cuts": cuts},
+            display=Display(out, as_json=False),
+        )
+        out.print("The server drafts with it from now on where a request says draft=ppd.")
+        return
     import torch
 
     from tokenloom.config import load_settings

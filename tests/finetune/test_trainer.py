@@ -25,7 +25,8 @@ from tokenloom.finetune.hyperparameters import FinetuneOptions, Hyperparameters,
 from tokenloom.finetune.local import new_adapter
 from tokenloom.finetune.objective import SupervisedFinetuning
 from tokenloom.finetune.optimizer import Optimizer, rate_factor
-from tokenloom.finetune.trainer import Progress, Snapshot, Trainer, TrainingDiverged
+from tokenloom.finetune.progress import Progress, Snapshot
+from tokenloom.finetune.trainer import Trainer, TrainingDiverged
 from tokenloom.models.adapters import Adapter
 from training_rig import Rig, our_name, random_samples, reference_loss
 

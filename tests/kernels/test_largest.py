@@ -53,6 +53,13 @@ def test_every_instruction_set_finds_them(
     assert get_kernels("cpu").largest(scores, 64).tolist() == expected(scores, 64)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_likeliest_are_those_of_top(backend: str) -> None:
+    kernels, logits = get_kernels(backend), torch.randn(3, 700, generator=torch.Generator().manual_seed(1))
+    for rows in (logits, logits.double(), logits[:, ::7]):
+        assert torch.equal(kernels.likeliest(rows, 9), kernels.top(rows, 9)[1])
+
+
 @pytest.mark.skipif(native is None, reason="the native kernels were not built")
 def test_rows_may_be_strided() -> None:
     scores = torch.randn(4, 100)[:, 3:50]

@@ -96,7 +96,7 @@ class Verified:
         tokens: `[R]`, of the rows. depths: `[R]`, how far each is from the known one.
         accepted: the rows that became text, the first among them.
         top: int64 `[R, k]`, each row's k most likely next tokens, k being what some drafter `wants` at least;
-            empty where nobody listened: only now and then while guesses are not worth it.
+            empty where nobody wants any.
         guesses: int64 `[m, GUESSES]`, most likely at each of the m prompt tokens below the last accepted row.
     """
 
@@ -121,8 +121,13 @@ class Drafter(Protocol):
         tokens: prompt and answer so far; since the last call some were added at the end.
         """
 
+    def glance(self, tokens: list[int], most: int) -> Tree:
+        """The same while its guesses were not worth their time lately: those alone that may be better than
+        the last ones and cost next to nothing to find. An empty tree: it is asked again after a rest."""
+
     def learn(self, verified: Verified) -> None:
-        """What became of the last proposal, of which some nodes, or all, may have been left out."""
+        """What became of the last proposal, of which some nodes, or all, may have been left out. Of passes
+        without any it hears now and then."""
 
     def close(self) -> None:
         """The sequence is over."""

@@ -62,7 +62,8 @@ def most_promising(
         rates: for each tree, of its nodes, how likely they become text; never more than their parents.
         decodes: sequences that get a token in any case.
         room: most nodes, of all trees together.
-        time_of: milliseconds of the pass with so many nodes.
+        time_of: milliseconds of the pass with so many nodes. Where more of them take less time, what lies
+            beyond may be missed.
 
     Returns:
         The chosen nodes of each tree, parents before children; none where guessing would lose.
@@ -70,12 +71,14 @@ def most_promising(
     # The best n nodes are the n most likely ones: a parent is as likely as its child, and comes first.
     order = sorted((-rate, node, t) for t, tree in enumerate(rates) for node, rate in enumerate(tree))[:room]
     best, speed = 0, GAIN * decodes / time_of(0)
-    expected = float(decodes)
+    expected, most = float(decodes), decodes - sum(rate for rate, _, _ in order)
     for n, (rate, _, _) in enumerate(order, 1):
         expected -= rate
-        now = expected / time_of(n)
-        if now > speed:
-            best, speed = n, now
+        time_ms = time_of(n)
+        if expected / time_ms > speed:
+            best, speed = n, expected / time_ms
+        elif most / time_ms <= speed:
+            break  # not even all nodes in the time of these
     chosen: list[list[int]] = [[] for _ in rates]
     for _, node, t in order[:best]:
         chosen[t].append(node)

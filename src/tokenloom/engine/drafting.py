@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from tokenloom.cache.block_pool import OutOfBlocks
 from tokenloom.config import home
-from tokenloom.engine.draft import GUESSES, Draft, Drafter, DraftPlace, Planned, Tree, Verified
+from tokenloom.engine.draft import GUESSES, Draft, Drafter, DraftPlace, Key, Planned, Tree, Verified
 from tokenloom.engine.draft_size import (
     ENGINE_TRIALS,
     GAIN,
@@ -32,13 +34,12 @@ if TYPE_CHECKING:
 PROBE_AFTER, MOST_WAIT = 16, 256
 """A sequence whose guesses were not worth it tries a few again after so many passes, then twice as many."""
 PROBE_NODES = 3
+CHEAP_MS = 0.5
+"""A proposal that takes longer is made of no more nodes than are tried; others are weighed whole."""
+MOST_REFUSED = 64
 MOST_NODES = 128
-CHEAP = 0.02
-"""A proposal that takes a larger part of a pass than this is not made where the last one was not worth it."""
-
-
-LISTEN_EVERY = 4
-"""A sequence whose guesses are not worth it hears the most likely tokens of so many passes once."""
+LISTEN_EVERY = 8
+"""A sequence that guesses nothing hears of so many passes once what was likely, and how long they take."""
 
 
 @dataclass(slots=True)
@@ -46,6 +47,8 @@ class Guessing:
     """What the engine keeps of a sequence that drafts."""
 
     drafter: Drafter
+    planned: Planned | None
+    """The drafter, if it is one of those."""
     acceptance: Acceptance
     cost_ms: float = 0.0
     """What a proposal takes, lately."""
@@ -54,7 +57,12 @@ class Guessing:
     most: int = 16
     """Nodes to ask for: more than were worth it last time."""
     idle: int = 0
+    """Passes since a guess was worth it; 0 where there was none to weigh."""
     wait: int = PROBE_AFTER
+    beside: int = 0
+    """Sequences in the pass in which guesses were weighed last."""
+    refused: set[tuple[Key, ...]] = field(default_factory=set)
+    """Keys of trees that were not worth it since it rests: they still are not."""
 
 
 @dataclass(slots=True)
@@ -77,8 +85,6 @@ class Drafting:
         self.acceptance = Acceptance(ENGINE_TRIALS)
         self._latency: LatencyModel | None = None
         self._features = Features()
-        self._pass_ms = 0.0
-        """What the last pass would have taken without guesses."""
         if engine.settings.methods.draft:
             self._model()  # else the first request would wait for it
 
@@ -88,23 +94,30 @@ class Drafting:
         """Add guesses to an iteration whose rows are planned, as far as rows and blocks are left over."""
         asked = []
         for sequence in list(plan.rows):
-            if sequence.request.draft is not None and sequence.num_pending == 1 and sequence.num_output:
-                try:
-                    guessing = self._guessing(sequence)
-                    asked.append(_Asked(sequence, guessing, self._propose(sequence, guessing)))
-                except Exception as error:
-                    for sibling in sequence.request.sequences:
-                        plan.drop(sibling)
-                    self.engine.on_fault(sequence, error)
+            if sequence.request.draft is None or sequence.num_pending != 1 or not sequence.num_output:
+                continue
+            try:
+                guessing = self._guessing(sequence)
+                tree = self._propose(sequence, guessing, len(plan.rows))
+            except Exception as error:
+                for sibling in sequence.request.sequences:
+                    plan.drop(sibling)
+                self.engine.on_fault(sequence, error)
+                continue
+            if tree is not None:
+                asked.append(_Asked(sequence, guessing, tree))
+            elif _listens(sequence, guessing):
+                plan.drafts[sequence] = Draft(Tree())
         asked = [part for part in asked if part.sequence in plan.rows]
-        if not asked:
-            return
-        self._choose(plan, asked)
+        if asked:
+            self._choose(plan, asked)
         for part in asked:
-            tree = self._with_blocks(part.sequence, part.tree)
-            plan.drafts[part.sequence] = Draft(tree)
-            plan.num_rows += tree.num_rows
-        self._features = features_of(plan)
+            tree = self._with_blocks(part.sequence, part.tree) if part.tree.num_rows else part.tree
+            if tree.num_rows or _listens(part.sequence, part.guessing):
+                plan.drafts[part.sequence] = Draft(tree)
+                plan.num_rows += tree.num_rows
+        if plan.drafts:
+            self._features = features_of(plan)
 
     def _guessing(self, sequence: Sequence) -> Guessing:
         if sequence.guessing is None:
@@ -120,28 +133,35 @@ class Drafting:
                 engine,
             )
             acceptance = Acceptance(SEQUENCE_TRIALS, self.acceptance)
-            sequence.guessing = Guessing(request.draft.drafter(place), acceptance)
+            drafter = request.draft.drafter(place)
+            planned = drafter if isinstance(drafter, Planned) else None
+            sequence.guessing = Guessing(drafter, planned, acceptance)
         return sequence.guessing
 
-    def _propose(self, sequence: Sequence, guessing: Guessing) -> Tree:
-        depth = self._depth(sequence)
-        room = min(self.engine.settings.drafting.max_nodes, MOST_NODES)
-        if guessing.drafter.fixed:
+    def _propose(self, sequence: Sequence, guessing: Guessing, beside: int) -> Tree | None:
+        """None: it rests, and says nothing at a glance."""
+        drafter, room = guessing.drafter, min(self.engine.settings.drafting.max_nodes, MOST_NODES)
+        # Fewer neighbours than when guesses were not worth it may leave room for them.
+        resting = not drafter.fixed and 0 < guessing.idle < guessing.wait and beside >= guessing.beside
+        if drafter.fixed:
             most = room
-        elif guessing.idle >= guessing.wait:
+        elif guessing.idle >= guessing.wait and guessing.cost_ms > CHEAP_MS:
             most = min(PROBE_NODES, room)
         else:
             most = min(guessing.most, room)
-        dear = guessing.cost_ms > CHEAP * self._pass_ms
-        if dear and 0 < guessing.idle < guessing.wait and not guessing.drafter.fixed:
-            guessing.idle += 1
-            return Tree()
+        if resting:
+            tree = drafter.glance(sequence.tokens, most)
+            if not len(tree) or tuple(tree.keys) in guessing.refused:
+                guessing.idle += 1
+                return None
+        depth = self._depth(sequence)
         if depth < 1:
-            return Tree()
-        start = time.perf_counter()
-        tree = guessing.drafter.propose(sequence.tokens, most)
-        took_ms = (time.perf_counter() - start) * 1e3
-        guessing.cost_ms += 0.2 * (took_ms - guessing.cost_ms)
+            return None
+        if not resting:
+            start = time.perf_counter()
+            tree = drafter.propose(sequence.tokens, most)
+            took_ms = (time.perf_counter() - start) * 1e3
+            guessing.cost_ms += 0.2 * (took_ms - guessing.cost_ms)
         if tree.num_rows <= most and max(tree.depths, default=0) <= depth:
             return tree
         return tree.keep([i for i, d in enumerate(tree.depths) if d <= depth]).within(most)
@@ -172,39 +192,43 @@ class Drafting:
             features = Features(base.rows + more, base.context + more * context, base.head_rows + more)
             return latency.corrected(features) + (cost_ms if n else 0.0)
 
-        self._pass_ms = time_of(0)
         decodes = sum(sequence.num_pending == rows for sequence, rows in plan.rows.items())
         chosen = most_promising([part.rates for part in free], decodes, room, time_of)
-        # Where even guesses that are all right would lose, there is nothing to find out.
-        n = min(room, PROBE_NODES)
-        hopeless = n < 1 or (decodes + n) * time_of(0) < GAIN * decodes * time_of(n)
         for part, nodes in zip(free, chosen, strict=True):
-            self._adapt(part, nodes, hopeless)
+            due = not nodes and part.guessing.idle >= part.guessing.wait
+            # Where even guesses that are all right would lose, there is nothing to find out.
+            n = min(room, PROBE_NODES) if due else 0
+            hopeful = n > 0 and (decodes + n) * time_of(0) >= GAIN * decodes * time_of(n)
+            self._adapt(part, nodes, hopeful)
+            part.guessing.beside = len(plan.rows)
 
     def _gains(self, part: _Asked) -> list[float]:
         """What planned rows bring, where there is still something to guess."""
-        drafter, room = part.guessing.drafter, min(self.engine.settings.drafting.max_nodes, MOST_NODES)
-        if isinstance(drafter, Planned) and self._depth(part.sequence) > 0:
-            return drafter.gains(room)
-        return []
+        planned, idle = part.guessing.planned, part.guessing.idle
+        if planned is None or 0 < idle < part.guessing.wait or self._depth(part.sequence) < 1:
+            return []
+        return planned.gains(min(self.engine.settings.drafting.max_nodes, MOST_NODES))
 
-    def _adapt(self, part: _Asked, chosen: list[int], hopeless: bool) -> None:
+    def _adapt(self, part: _Asked, chosen: list[int], hopeful: bool) -> None:
         guessing = part.guessing
         rows = sum(i < part.num_planned for i in chosen)
         nodes = [i - part.num_planned for i in chosen if i >= part.num_planned]
-        probing = guessing.idle >= guessing.wait and not hopeless
+        due = guessing.idle >= guessing.wait
+        if chosen or due or len(guessing.refused) >= MOST_REFUSED:
+            guessing.refused.clear()
         if chosen:
             guessing.idle, guessing.wait = 0, PROBE_AFTER
             guessing.most = min(2 * len(nodes) + 8, MOST_NODES)
-        elif probing:
+        elif due and hopeful:
             nodes = list(range(min(PROBE_NODES, len(part.tree))))
             guessing.idle, guessing.wait = 1, min(2 * guessing.wait, MOST_WAIT)
         else:
-            guessing.idle += 1
+            guessing.idle = 1 if due else guessing.idle + 1
+            guessing.refused.add(tuple(part.tree.keys))
         if nodes != list(range(len(part.tree))):
             part.tree = part.tree.keep(nodes)
-        if rows and isinstance(guessing.drafter, Planned):
-            guessing.drafter.grow(part.tree, part.sequence.tokens, rows)
+        if rows and guessing.planned is not None:
+            guessing.planned.grow(part.tree, part.sequence.tokens, rows)
             depth = self._depth(part.sequence)
             if max(part.tree.depths, default=0) > depth:
                 part.tree = part.tree.keep([i for i, d in enumerate(part.tree.depths) if d <= depth])
@@ -257,7 +281,7 @@ class Drafting:
             if len(draft.tree):
                 for counts in (sequence.request.drafts, self.engine.counters.drafts):
                     counts.add(len(draft.tree), len(draft.path))
-            if sequence.finish_reason is None:
+            if draft.tree.num_rows and sequence.finish_reason is None:
                 sequence.table.cut(-(-sequence.kv_start // sequence.table.pool.block_size))
             known = sequence.tokens[-2 - len(draft.path)]
             accepted = [0, *(1 + node for node in draft.path)]
@@ -276,39 +300,34 @@ class Drafting:
         """The most likely tokens of the rows of drafts, for drafters that want to know."""
         asking = {
             sequence: guessing.drafter.wants
-            for sequence, draft in plan.drafts.items()
-            if (guessing := sequence.guessing) is not None
-            and guessing.drafter.wants
-            # To listen costs as much as a few guesses do; a drafter that rests loses little by it.
-            and (len(draft.tree) or guessing.idle % LISTEN_EVERY == 0)
+            for sequence in plan.drafts
+            if (guessing := sequence.guessing) is not None and guessing.drafter.wants
         }
         if not asking:
             return {}
         drafts = [plan.drafts[sequence] for sequence in asking]
         rows = [draft.first_row + i for draft in drafts for i in range(1 + len(draft.tree))]
         heard = logits if rows == list(range(len(logits))) else logits[rows]
-        top = self.engine.decoder.kernels.top(heard, max(asking.values()))[1].cpu().numpy()
-        ends = np.cumsum([1 + len(draft.tree) for draft in drafts])
-        return dict(zip(asking, np.split(top, ends[:-1]), strict=True))
+        top = self.engine.decoder.kernels.likeliest(heard, max(asking.values())).cpu().numpy()
+        return _apart(asking, top, [1 + len(draft.tree) for draft in drafts])
 
     def _guesses(self, plan: Plan, hidden: Tensor) -> dict[Sequence, np.ndarray]:
         """What prompt tokens say, of those alone below the last token that became text."""
         asked = {
             sequence: draft.prompt_rows
             for sequence, draft in plan.drafts.items()
-            if draft.prompt_rows and sequence.finish_reason is None
+            if draft.tree.vectors is not None and draft.prompt_rows and sequence.finish_reason is None
         }
         if not asked:
             return {}
         start, decoder = time.perf_counter(), self.engine.decoder
         logits = decoder.logits(hidden[[row for rows in asked.values() for row in rows]])
-        top = decoder.kernels.top(logits, GUESSES)[1].cpu().numpy()
+        top = decoder.kernels.likeliest(logits, GUESSES).cpu().numpy()
         took_ms = (time.perf_counter() - start) * 1e3 / len(asked)
         for sequence in asked:
             if sequence.guessing is not None:
                 sequence.guessing.heard_ms += 0.2 * (took_ms - sequence.guessing.heard_ms)
-        ends = np.cumsum([len(rows) for rows in asked.values()])
-        return dict(zip(asked, np.split(top, ends[:-1]), strict=True))
+        return _apart(asked, top, [len(rows) for rows in asked.values()])
 
     def close(self, sequence: Sequence) -> None:
         """The sequence is over. May be said twice."""
@@ -332,6 +351,22 @@ class Drafting:
 
 
 _NOTHING = torch.empty(0, 0, dtype=torch.int64).numpy()
+
+
+def _listens(sequence: Sequence, guessing: Guessing) -> bool:
+    """Whether a sequence hears of a pass in which it guesses nothing. Where its guesses are not worth it, it
+    loses little by hearing a part: that costs as much as a few of them would."""
+    cold = guessing.drafter.wants > 0 and guessing.idle == 0
+    return cold or sequence.num_output % LISTEN_EVERY == 0
+
+
+def _apart(sequences: Iterable[Sequence], rows: np.ndarray, counts: list[int]) -> dict[Sequence, np.ndarray]:
+    """Rows that lie one after another, by their sequence."""
+    ends = list(accumulate(counts))
+    return {
+        sequence: rows[end - count : end]
+        for sequence, end, count in zip(sequences, ends, counts, strict=True)
+    }
 
 
 def features_of(plan: Plan) -> Features:

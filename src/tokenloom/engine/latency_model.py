@@ -8,6 +8,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from operator import mul
 from pathlib import Path
 from statistics import median
@@ -103,17 +104,12 @@ def basis(f: Features) -> tuple[int, ...]:
     )
 
 
-def _ramps(n: int, kinks: tuple[int, ...]) -> list[int]:
+@lru_cache(maxsize=8192)
+def _ramps(n: int, kinks: tuple[int, ...]) -> tuple[int, ...]:
     """How much of 0..n lies between each kink and the next; the last piece is open."""
-    ramps, start = [], 0
-    for kink in kinks:
-        if n <= kink:
-            ramps.append(n - start)
-            return ramps + [0] * (len(kinks) + 1 - len(ramps))
-        ramps.append(kink - start)
-        start = kink
-    ramps.append(n - start)
-    return ramps
+    edges = (0, *kinks)
+    ends = (*kinks, n)
+    return tuple(max(0, min(n, end) - edge) for edge, end in zip(edges, ends, strict=True))
 
 
 Kind = tuple[bool, bool]
@@ -193,7 +189,12 @@ class LatencyModel:
 
     def margin(self, features: Features) -> float:
         """How much more than foretold 95% of such iterations take at most; never below 1."""
-        return self._margins.get(kind(features), self._first_margin)
+        shared = kind(features)
+        if shared not in self._residuals:
+            return self._first_margin
+        if shared not in self._margins:  # sorted when it is asked for: drafts never ask
+            self._margins[shared] = _percentile_95(self._residuals[shared])
+        return self._margins[shared]
 
     def observe(self, features: Features, measured_ms: float) -> None:
         """Learn from an iteration that ran.
@@ -216,7 +217,7 @@ class LatencyModel:
         if shared not in self._residuals:
             self._residuals[shared] = deque(self.fit_residuals, maxlen=WINDOW)
         self._residuals[shared].append(measured_ms / (predicted * before))
-        self._margins[shared] = _percentile_95(self._residuals[shared])
+        self._margins.pop(shared, None)
 
     def save(self, path: Path) -> None:
         """Write the fit with its key; what was learned online is not kept. Readers see all of it or none."""

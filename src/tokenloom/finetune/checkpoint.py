@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tokenloom.durable import new_folder
-from tokenloom.finetune.trainer import Snapshot
+from tokenloom.finetune.progress import Snapshot
 
 logger = logging.getLogger("tokenloom.finetune")
 

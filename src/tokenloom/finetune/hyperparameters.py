@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validat
 from tokenloom.errors import RequestError
 
 BASE_LEARNING_RATE = 2e-4
+PPD_LEARNING_RATE, PPD_TEXTS = 1e-2, 2
 Linear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LINEARS: tuple[Linear, ...] = get_args(Linear)
 Auto = Literal["auto"]
@@ -73,7 +74,7 @@ class TrainingOptions(Options):
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float | None = Field(
-        None, gt=0, le=10, description="Replaces the base rate 2e-4, which the multiplier scales."
+        None, gt=0, le=10, description="Replaces the base rate 2e-4 (ppd: 1e-2), which the multiplier scales."
     )
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_ratio: float = Field(0.03, ge=0, le=1, description="Part of all steps in which the rate rises.")
@@ -94,6 +95,14 @@ class TrainingOptions(Options):
     save_total_limit: int = Field(3, ge=1, le=1000, description="Older checkpoints are deleted.")
 
 
+class PpdOptions(Options):
+    """Prompt tokens of Parallel Prompt Decoding (arXiv 2405.18628), trained instead of an adapter."""
+
+    prompts: int = Field(3, ge=1, le=8, description="Prompt tokens (S).")
+    cuts: int = Field(32, ge=1, le=1024, description="Places of a text at which they are learned.")
+    decay: float = Field(0.8, gt=0, le=1, description="Weight of a prompt token's loss by the one before it.")
+
+
 class RequestedHyperparameters(TrainingOptions):
     """OpenAI's three, and the keys of `training` for clients that keep all in one place."""
 
@@ -110,6 +119,12 @@ class FinetuneOptions(Options):
     training: TrainingOptions = TrainingOptions()
 
 
+class JobOptions(FinetuneOptions):
+    """The same, gathered from all places of a job's request: what is kept of it."""
+
+    ppd: PpdOptions | None = None
+
+
 class Hyperparameters(Options):
     """A job's settings with every "auto" resolved; what the trainer reads.
 
@@ -122,6 +137,12 @@ class Hyperparameters(Options):
     learning_rate: float
     lora: LoraOptions
     training: TrainingOptions
+    ppd: PpdOptions | None = None
+
+    @property
+    def kind(self) -> str:
+        """What the job trains."""
+        return "lora" if self.ppd is None else "ppd"
 
 
 def merge_given(*sources: tuple[str, BaseModel]) -> dict[str, Any]:
@@ -145,7 +166,8 @@ def resolve_hyperparameters(n_examples: int, requested: FinetuneOptions) -> Hype
     """Put numbers where the request says "auto".
 
     Epochs follow OpenAI's data-preparation cookbook: 3, raised until 100 examples are seen (at most 25) and
-    lowered to stay at 25,000. The batch is 0.2 % of the examples, from 1 to 256.
+    lowered to stay at 25,000. The batch is 0.2 % of the examples, from 1 to 256. Prompt tokens are trained as
+    in their paper: two texts a step, a rate of 1e-2 that falls as a cosine, no clipping.
 
     Raises RequestError if a key is given both in `hyperparameters` and in `training`, with unequal values.
     """
@@ -153,15 +175,21 @@ def resolve_hyperparameters(n_examples: int, requested: FinetuneOptions) -> Hype
     n_epochs, batch_size, multiplier = (
         given.pop(key, "auto") for key in ("n_epochs", "batch_size", "learning_rate_multiplier")
     )
-    training = TrainingOptions.model_validate(given)
     multiplier = 1.0 if multiplier == "auto" else multiplier
+    ppd = requested.ppd if isinstance(requested, JobOptions) else None
+    base, texts = BASE_LEARNING_RATE, max(1, min(256, round(0.002 * n_examples)))
+    if ppd is not None:
+        base, texts = PPD_LEARNING_RATE, PPD_TEXTS
+        given = {"schedule": "cosine", "warmup_ratio": 0.0, "max_grad_norm": 0.0, "pack": False, **given}
+    training = TrainingOptions.model_validate(given)
     return Hyperparameters(
         n_epochs=_auto_epochs(n_examples) if n_epochs == "auto" else n_epochs,
-        batch_size=max(1, min(256, round(0.002 * n_examples))) if batch_size == "auto" else batch_size,
+        batch_size=texts if batch_size == "auto" else batch_size,
         learning_rate_multiplier=multiplier,
-        learning_rate=(training.learning_rate or BASE_LEARNING_RATE) * multiplier,
+        learning_rate=(training.learning_rate or base) * multiplier,
         lora=requested.lora,
         training=training,
+        ppd=ppd,
     )
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, ValidationError, field_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from tokenloom.errors import RequestError
 from tokenloom.finetune.hyperparameters import (
     FinetuneOptions,
+    JobOptions,
     Options,
+    PpdOptions,
     RequestedHyperparameters,
     merge_given,
     resolve_hyperparameters,
@@ -33,18 +35,30 @@ class Supervised(Options):
     hyperparameters: RequestedHyperparameters = RequestedHyperparameters()
 
 
+class Ppd(PpdOptions):
+    hyperparameters: RequestedHyperparameters = RequestedHyperparameters()
+
+
 class Method(Options):
-    """Only supervised finetuning is offered."""
+    """Supervised finetuning of an adapter; or `ppd`, ours: prompt tokens that make drafts."""
 
     type: str
     supervised: Supervised = Supervised()
+    ppd: Ppd = Ppd()
 
     @field_validator("type")
     @classmethod
-    def _only_supervised(cls, kind: str) -> str:
-        if kind != "supervised":
-            raise ValueError(f'{kind[:64]!r} is not offered, only "supervised"')
+    def _offered(cls, kind: str) -> str:
+        if kind not in ("supervised", "ppd"):
+            raise ValueError(f'{kind[:64]!r} is not offered, only "supervised" and "ppd"')
         return kind
+
+    @model_validator(mode="after")
+    def _one_type(self) -> Method:
+        other = "ppd" if self.type == "supervised" else "supervised"
+        if other in self.model_fields_set:
+            raise ValueError(f'{other} does not go with type "{self.type}"')
+        return self
 
 
 class CreateJob(FinetuneOptions):
@@ -65,16 +79,21 @@ class CreateJob(FinetuneOptions):
         if integrations:
             raise ValueError("none is offered; read the job's events or its result file instead")
 
-    def options(self) -> FinetuneOptions:
+    def options(self) -> JobOptions:
         """How to train, gathered from the places where clients may say it.
 
-        Raises RequestError if two places disagree.
+        Raises RequestError if two places disagree, or an adapter is described that is not trained.
         """
-        places = [("hyperparameters", self.hyperparameters)]
-        if self.method is not None:
-            places.append(("method.supervised.hyperparameters", self.method.supervised.hyperparameters))
+        places, method, more = [("hyperparameters", self.hyperparameters)], self.method, {}
+        if method is not None:
+            chosen = method.ppd if method.type == "ppd" else method.supervised
+            places.append((f"method.{method.type}.hyperparameters", chosen.hyperparameters))
+            if isinstance(chosen, Ppd):
+                if "lora" in self.model_fields_set:
+                    raise RequestError('lora: goes with method.type "supervised" alone', param="lora")
+                more = {"ppd": PpdOptions(**chosen.model_dump(exclude={"hyperparameters"}))}
         merged = RequestedHyperparameters.model_validate(merge_given(*places))
-        options = FinetuneOptions(hyperparameters=merged, lora=self.lora, training=self.training)
+        options = JobOptions(hyperparameters=merged, lora=self.lora, training=self.training, **more)
         resolve_hyperparameters(1, options)  # refuses `training` and `hyperparameters` that disagree
         return options
 

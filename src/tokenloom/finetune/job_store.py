@@ -18,7 +18,7 @@ from tokenloom.finetune.blobs import Blob
 from tokenloom.finetune.database import Database, claim_key, new_id, page
 from tokenloom.finetune.errors import IllegalTransitionError, NotFoundError
 from tokenloom.finetune.file_store import RESULTS_PURPOSE, FileStore
-from tokenloom.finetune.hyperparameters import FinetuneOptions, Hyperparameters
+from tokenloom.finetune.hyperparameters import Hyperparameters, JobOptions
 from tokenloom.finetune.job_log import add_event, job_row, storable, stored_path
 from tokenloom.finetune.job_request import MAX_SEED, CreateJob
 from tokenloom.finetune.records import SOURCES, TERMINAL, JobError, JobRecord, Level, Page, Status
@@ -190,8 +190,9 @@ class JobStore:
             error_param=error.param,
         )
 
-    def succeed(self, job_id: str, adapter: Path, trained_tokens: int, results: Blob) -> JobRecord:
-        """Publish the model and the file of results with the last change of state, all or nothing.
+    def succeed(self, job_id: str, adapter: Path | None, trained_tokens: int, results: Blob) -> JobRecord:
+        """Publish the model (if there is one) and the file of results with the last change of state, all or
+        nothing.
 
         Raises IllegalTransitionError if the job is over already.
         """
@@ -199,13 +200,10 @@ class JobStore:
         with self._database.write() as connection:
             name = job_row(connection, job_id).name
             self._files.insert(connection, results, "step_metrics.csv", RESULTS_PURPOSE)
-            add_event(connection, job_id, f"New fine-tuned model created: {name}")
-            values = {
-                "fine_tuned_model": name,
-                "adapter_path": stored_path(self._home, adapter),
-                "trained_tokens": trained_tokens,
-                "result_file": results.id,
-            }
+            values: dict[str, Any] = {"trained_tokens": trained_tokens, "result_file": results.id}
+            if adapter is not None:
+                add_event(connection, job_id, f"New fine-tuned model created: {name}")
+                values |= {"fine_tuned_model": name, "adapter_path": stored_path(self._home, adapter)}
             message = "The job has successfully completed"
             record = self._move(connection, job_id, "succeeded", message, "info", values)
         results.keep()
@@ -254,7 +252,7 @@ class JobStore:
             validation_file=row.validation_file,
             training_path=self._files.path(row.training_file),
             validation_path=None if row.validation_file is None else self._files.path(row.validation_file),
-            requested=FinetuneOptions.model_validate(row.requested),
+            requested=JobOptions.model_validate(row.requested),
             hyperparameters=None if resolved is None else Hyperparameters.model_validate(resolved),
             seed=row.seed,
             metadata=metadata,

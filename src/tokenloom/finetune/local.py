@@ -28,7 +28,8 @@ from tokenloom.finetune.hyperparameters import (
 )
 from tokenloom.finetune.job_request import MAX_SEED
 from tokenloom.finetune.objective import Objective, SupervisedFinetuning
-from tokenloom.finetune.trainer import Progress, Snapshot, Trainer
+from tokenloom.finetune.progress import Progress, Snapshot
+from tokenloom.finetune.trainer import Trainer
 from tokenloom.models.adapters import Adapter, Dims, LoraConfig, save_adapter
 
 

@@ -20,8 +20,7 @@ from tokenloom.finetune.data import Sample
 from tokenloom.finetune.hyperparameters import Hyperparameters
 from tokenloom.finetune.objective import SupervisedFinetuning
 from tokenloom.finetune.optimizer import Optimizer
-from tokenloom.finetune.trainer import LOSS_ROWS
-from tokenloom.finetune.training_pass import Phase, TrainingPass
+from tokenloom.finetune.training_pass import LOSS_ROWS, Phase, TrainingPass
 from tokenloom.models.adapters import Adapter
 
 logger = logging.getLogger("tokenloom.finetune")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-from tokenloom.finetune.hyperparameters import FinetuneOptions, Hyperparameters
+from tokenloom.finetune.hyperparameters import Hyperparameters, JobOptions
 
 Status = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 Level = Literal["info", "warn", "error"]
@@ -93,7 +93,7 @@ class JobRecord:
     validation_file: str | None
     training_path: Path
     validation_path: Path | None
-    requested: FinetuneOptions
+    requested: JobOptions
     hyperparameters: Hyperparameters | None
     seed: int
     metadata: dict[str, str] | None

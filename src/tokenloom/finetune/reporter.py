@@ -87,16 +87,22 @@ class JobReporter:
         """The run cannot go on, e.g. because its loss became NaN. `code` is a short reason for programs."""
         self._finish(lambda: self._store.jobs.fail(self._job.id, JobError(code, message, param)))
 
-    def succeeded(self, adapter_path: Path | str, trained_tokens: int) -> None:
+    def succeeded(self, adapter_path: Path | str | None, trained_tokens: int) -> None:
         """Training is complete: the model gets its name, and the metrics become a result file.
 
         Args:
-            adapter_path: the finished adapter, a folder of its own below `job.directory`.
+            adapter_path: the finished adapter, a folder of its own below `job.directory`; None: what was
+                trained is no model to be named.
         """
         with self._store.files.begin(within_quota=False) as results:
             results.write(self._results())
             self._finish(
-                lambda: self._store.jobs.succeed(self._job.id, Path(adapter_path), trained_tokens, results)
+                lambda: self._store.jobs.succeed(
+                    self._job.id,
+                    None if adapter_path is None else Path(adapter_path),
+                    trained_tokens,
+                    results,
+                )
             )
 
     def _finish(self, record: Callable[[], JobRecord]) -> None:

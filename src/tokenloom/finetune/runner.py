@@ -8,21 +8,21 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 from tokenloom.engine.async_engine import AsyncEngine
 from tokenloom.engine.engine import Engine
 from tokenloom.errors import TokenloomError
 from tokenloom.finetune.checkpoint import latest_state, save_state
-from tokenloom.finetune.data import load_samples
 from tokenloom.finetune.errors import StorageFullError
 from tokenloom.finetune.local import new_adapter
-from tokenloom.finetune.objective import SupervisedFinetuning
+from tokenloom.finetune.product import LoraProduct, Product, Products, resolved
 from tokenloom.finetune.profiler import EngineProfiler, stored_profile
+from tokenloom.finetune.progress import Progress, Snapshot
 from tokenloom.finetune.records import JobRecord
 from tokenloom.finetune.reporter import JobReporter
-from tokenloom.finetune.trainer import Progress, Snapshot, Trainer, TrainingDiverged
-from tokenloom.models.adapters import Adapter, save_adapter
+from tokenloom.finetune.trainer import StepTrainer, TrainingDiverged
 
 logger = logging.getLogger("tokenloom.finetune")
 
@@ -79,15 +79,19 @@ class EngineRunner:
 
     Args:
         home: where latency profiles are kept.
+        products: what jobs may train.
     """
 
-    def __init__(self, engine: AsyncEngine, home: Path) -> None:
-        self.engine, self.home = engine, home
+    def __init__(
+        self, engine: AsyncEngine, home: Path, products: Products = MappingProxyType({"lora": LoraProduct})
+    ) -> None:
+        self.engine, self.home, self.products = engine, home, products
         self._runs: dict[str, _Run] = {}
         self._lock = threading.Lock()
 
     def start(self, job: JobRecord, reporter: JobReporter) -> None:
-        run = _Run(self.engine, self.home, job, reporter, lambda: self._forget(job.id))
+        make = self.products[resolved(job).kind]
+        run = _Run(self.engine, self.home, make, job, reporter, lambda: self._forget(job.id))
         with self._lock:
             self._runs[job.id] = run
         threading.Thread(target=run.main, name=f"finetune-{job.id[-6:]}", daemon=True).start()
@@ -117,15 +121,16 @@ class _Run:
         self,
         engine: AsyncEngine,
         home: Path,
+        make: Callable[[Engine, JobRecord], Product],
         job: JobRecord,
         reporter: JobReporter,
         forget: Callable[[], None],
     ) -> None:
         self.engine, self.home, self.job, self.reporter = engine, home, job, reporter
-        self.forget = forget
+        self.make, self.forget = make, forget
         self.events: queue.Queue[_Event] = queue.Queue()
-        self.trainer: Trainer | None = None
-        self.adapter: Adapter | None = None
+        self.trainer: StepTrainer | None = None
+        self.product: Product | None = None
         self.last_checkpoint = ""
 
     # -- the trainer's listener, on the engine's thread ---------------------------------------------------
@@ -177,7 +182,7 @@ class _Run:
         if trainer is not None:
             self.engine.run(lambda: self._remove(trainer))
 
-    def _remove(self, trainer: Trainer) -> None:
+    def _remove(self, trainer: StepTrainer) -> None:
         self.engine.engine.coserver.settle()
         trainer.stop()
         self.engine.engine.coserver.remove(trainer)
@@ -191,29 +196,11 @@ class _Run:
 
     def _train_on(self, engine: Engine) -> Callable[[], None] | None:
         """How the run ends; None: the engine was given up."""
-        job = self.job
-        hyper = job.hyperparameters
-        assert hyper is not None
-        limit = hyper.training.max_seq_tokens
-        samples = load_samples(job.training_path, engine.tokenizer, limit).samples
-        valid = (
-            load_samples(job.validation_path, engine.tokenizer, limit).samples if job.validation_path else ()
-        )
-        self.adapter = new_adapter(engine, hyper, job.seed)
-        resume = latest_state(job.checkpoint_dir)
+        self.product = self.make(engine, self.job)
+        resume = latest_state(self.job.checkpoint_dir)
         if resume is not None:
             self.reporter.message("info", f"Going on after step {resume.progress['step']}")
-        trainer = self.trainer = Trainer(
-            engine,
-            self.adapter,
-            samples,
-            hyper,
-            SupervisedFinetuning(),
-            self,
-            seed=job.seed,
-            valid=valid,
-            resume=resume,
-        )
+        trainer = self.trainer = self.product.trainer(self, resume)
         if trainer.complete:
             return self._succeed(trainer.snapshot())
         self.engine.run(lambda: self._begin(trainer))
@@ -230,16 +217,16 @@ class _Run:
             if end is not None:
                 return end
 
-    def _begin(self, trainer: Trainer) -> None:
+    def _begin(self, trainer: StepTrainer) -> None:
         """On the engine's thread: join the jobs that train, and see to it that latencies can be foretold."""
-        engine, adapter = self.engine.engine, self.adapter
-        assert adapter is not None
+        engine = self.engine.engine
         if trainer.engine is not engine:
             return  # another engine has taken its place
         coserver = engine.coserver
         if coserver.mode == "coserve" and coserver.latency is None and coserver.profiler is None:
             coserver.latency = stored_profile(engine, self.home)
             if coserver.latency is None:
+                adapter = new_adapter(engine, trainer.hyper, self.job.seed)
                 coserver.profiler = EngineProfiler(engine, adapter, trainer.hyper, self.home)
         coserver.add(trainer)
 
@@ -271,7 +258,7 @@ class _Run:
             return self.reporter.cancelled
         return None
 
-    def _stop(self, trainer: Trainer, how: Literal["paused", "cancelled"]) -> None:
+    def _stop(self, trainer: StepTrainer, how: Literal["paused", "cancelled"]) -> None:
         """On the engine's thread."""
         self.engine.engine.coserver.settle()
         snapshot = trainer.stop()
@@ -279,22 +266,22 @@ class _Run:
         self.events.put(_Stopped(how, snapshot))
 
     def _keep(self, snapshot: Snapshot, metrics: dict[str, float]) -> None:
-        assert self.adapter is not None
+        assert self.product is not None
         step = snapshot.progress["step"]
         folder = self.job.directory / "adapters" / f"step-{step}"
         # The adapter first: a state without its checkpoint would never be reported.
-        save_adapter(self.adapter.copy(snapshot.flat), folder, self.job.model)
-        self._persist(lambda: self.reporter.checkpoint(step, folder, metrics))
+        if self.product.checkpoint(snapshot, folder):
+            self._persist(lambda: self.reporter.checkpoint(step, folder, metrics))
         save_state(self.job.checkpoint_dir, snapshot)
         self.last_checkpoint = f"; the checkpoint of step {step} is kept"
 
     def _succeed(self, snapshot: Snapshot) -> Callable[[], None]:
-        assert self.adapter is not None
+        assert self.product is not None
         folder = self.job.directory / "adapter"
-        save_adapter(self.adapter.copy(snapshot.flat), folder, self.job.model)
+        made = folder if self.product.finish(snapshot, folder) else None
         tokens = snapshot.progress["trained_tokens"]
         self._withdraw()
-        return lambda: self.reporter.succeeded(folder, tokens)
+        return lambda: self.reporter.succeeded(made, tokens)
 
     def _fail(self, failed: _Failed) -> Callable[[], None]:
         error = failed.error

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
@@ -21,83 +21,24 @@ from tokenloom.finetune.hyperparameters import Hyperparameters
 from tokenloom.finetune.objective import Objective
 from tokenloom.finetune.optimizer import Optimizer
 from tokenloom.finetune.packing import pack
+from tokenloom.finetune.progress import Listener, Progress, Snapshot
 from tokenloom.finetune.retained import blocks_needed
-from tokenloom.finetune.training_pass import KeepFor, Phase, TrainingPass
+from tokenloom.finetune.training_pass import KeepFor, Pass, TrainingPass
 from tokenloom.models.adapters import Adapter
 
-LOSS_ROWS, MOST_LOSS_ROWS = 64, 256
-"""Logits of so many rows exist at a time, or of a quarter of a long pass, whose activations take more memory
-than they do: the head is read once for all of them."""
 SAVE_EVERY_S = 60.0
-_VALID_SUMS = ("loss", "weight", "correct", "n")
 
 
 class TrainingDiverged(TokenloomError):
     """A loss or a gradient is not a number any more."""
 
 
-@dataclass
-class Progress:
-    """Where a job is. With the tensors of a `Snapshot` it is all that going on needs: everything random is a
-    function of the seed and of these numbers, and a pass that was under way starts over."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    passes_done: int = 0
-    """Passes of the step at hand whose gradients are in the sum."""
-    trained_tokens: int = 0
-    loss: float = 0.0
-    """Weighted sum over the passes done of the step at hand; so are the next two."""
-    weight: float = 0.0
-    correct: int = 0
-    labels: int = 0
-    valid_windows_done: int = 0
-    valid: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("loss", "weight", "correct", "n"), 0.0)
-    )
-    last_metrics: dict[str, float] = field(default_factory=dict)
-    evaluating: bool = False
-    best_valid_loss: float | None = None
-    valid_without_gain: int = 0
-    stopped_early: bool = False
-    seconds: float = 0.0
-    """Time spent training so far."""
-
-
-@dataclass
-class Snapshot:
-    """A copy of a job's state between two passes."""
-
-    progress: dict[str, Any]
-    flat: Tensor
-    optimizer: dict[str, Tensor]
-    grads: Tensor
-    """Of the step at hand; empty when none of its passes is done."""
-
-
-class Listener(Protocol):
-    """Hears of a trainer, on the engine's thread: it must return at once."""
-
-    def step(self, progress: Progress, metrics: dict[str, float], eta_s: float | None) -> None: ...
-
-    def checkpoint(self, snapshot: Snapshot, metrics: dict[str, float]) -> None:
-        """An adapter to keep, and to go on from."""
-
-    def save(self, snapshot: Snapshot) -> None:
-        """A state to go on from."""
-
-    def finished(self, snapshot: Snapshot) -> None:
-        """The last step is done (its checkpoint came before)."""
-
-    def failed(self, error: BaseException, step: int) -> None: ...
-
-
-class Trainer:
-    """Implements `engine.training.Training` for one job.
+class StepTrainer(ABC):
+    """Implements `engine.training.Training` for one job, whatever its passes train.
 
     Args:
         engine: what runs it.
-        adapter: trained in place; its tensor may be wider than the model's type.
+        flat: the numbers that are trained, in place; they may be wider than the model's type.
         samples, valid: what to learn from, and what to evaluate on at each checkpoint.
         hyper, seed: of the job, everything resolved.
         listener: hears of steps, checkpoints and the end.
@@ -110,10 +51,9 @@ class Trainer:
     def __init__(
         self,
         engine: Engine,
-        adapter: Adapter,
+        flat: Tensor,
         samples: Sequence[Sample],
         hyper: Hyperparameters,
-        objective: Objective,
         listener: Listener,
         *,
         seed: int,
@@ -122,8 +62,7 @@ class Trainer:
     ) -> None:
         if engine.kv.quantized:
             raise RequestError("cache.dtype: nothing can be trained on an int8 cache; use cache.dtype=auto")
-        self.engine = engine
-        self.adapter, self.objective, self.listener = adapter, objective, listener
+        self.engine, self.flat, self.listener = engine, flat, listener
         self.samples, self.valid, self.seed = samples, valid, seed
         self.hyper = hyper
         training = hyper.training
@@ -131,12 +70,12 @@ class Trainer:
         self.steps_per_epoch = math.ceil(len(samples) / self.examples_per_step)
         self.total_steps = self.steps_per_epoch * hyper.n_epochs
         self.progress = Progress()
-        self.optimizer = Optimizer(adapter.flat, hyper, self.total_steps)
-        self.grads = torch.zeros_like(adapter.flat)
-        self.pass_grads = torch.zeros_like(adapter.flat)
+        self.optimizer = Optimizer(flat, hyper, self.total_steps)
+        self.grads = torch.zeros_like(flat)
+        self.pass_grads = torch.zeros_like(flat)
         if resume is not None:
             self.progress = Progress(**resume.progress)
-            adapter.flat.copy_(resume.flat)
+            flat.copy_(resume.flat)
             if resume.grads.numel():
                 self.grads.copy_(resume.grads)
             self.optimizer.restore(resume.optimizer)
@@ -144,7 +83,7 @@ class Trainer:
         self.tokens_per_epoch = sum(len(sample.tokens) for sample in samples)
         self.rows_run = 0
         """Forward rows of finished training passes: each token once, restarts not counted."""
-        self._pass: TrainingPass | None = None
+        self._pass: Pass | None = None
         self._windows_of_step: list[list[int]] = []
         self._scale = 1.0
         self._over = self.complete
@@ -198,38 +137,22 @@ class Trainer:
         size, rows = self.engine.pool.block_size, [len(sample.tokens) for sample in self._window()]
         blocks = sum(math.ceil(n / size) for n in rows)
         if not self.progress.evaluating:
-            blocks += blocks_needed(self.engine.config, sum(rows), self.hyper.training.retain, size)
+            blocks += self._blocks_kept(sum(rows))
         return blocks * size
 
+    @abstractmethod
+    def _blocks_kept(self, rows: int) -> int:
+        """What a training pass of so many rows claims beyond its tokens."""
+
     def begin_pass(self) -> None:
-        evaluating = self.progress.evaluating
-        if not evaluating:
+        if not self.progress.evaluating:
             self.pass_grads.zero_()
         self._clock = time.monotonic()
-        self._pass = TrainingPass(
-            self.engine,
-            self.adapter,
-            self._window(),
-            self.objective,
-            retain=self.hyper.training.retain,
-            grads=None if evaluating else self.pass_grads,
-            scale=self._scale,
-            keep_for=_no_dropout if evaluating else self._dropout(),
-        )
+        self._pass = self._new_pass()
 
-    def _dropout(self) -> KeepFor:
-        rate = self.hyper.lora.dropout
-        if not rate:
-            return _no_dropout
-        where = (self.seed, self.progress.step, self.progress.passes_done)
-        dtype, device = self.adapter.flat.dtype, self.adapter.flat.device
-
-        def keep_for(begin: int, end: int) -> Keep:
-            return lambda layer, site, width: keep_mask(
-                (*where, layer, site), begin, end, width, rate, dtype
-            ).to(device)
-
-        return keep_for
+    @abstractmethod
+    def _new_pass(self) -> Pass:
+        """Over the samples of `_window`; its gradients go to `pass_grads` unless it evaluates."""
 
     # -- forward ----------------------------------------------------------------------------------------
 
@@ -252,35 +175,24 @@ class Trainer:
     # -- pieces -----------------------------------------------------------------------------------------
 
     def piece_rows(self) -> int:
-        if self._pass is None:
-            return 1
-        if self._pass.phase is Phase.LOSS:
-            at_once = min(MOST_LOSS_ROWS, max(LOSS_ROWS, self._pass.num_rows // 4))
-            return min(at_once, self._pass.losses_left())
-        return self._pass.backward_left()
+        return 1 if self._pass is None else self._pass.piece_rows()
 
     def piece_features(self, rows: int) -> Features:
-        if self._pass is None:
-            return Features(optimizer=1)
-        if self._pass.phase is Phase.LOSS:
-            return Features(loss_quanta=1, loss_rows=rows)
-        return Features(bwd_quanta=1, bwd_rows=rows, bwd_context=self._pass.backward_context(rows))
+        return Features(optimizer=1) if self._pass is None else self._pass.piece_features(rows)
 
     def run_piece(self, rows: int) -> None:
         """Raises TrainingDiverged when a loss or the gradients are not finite."""
         if self._pass is None:
             self._step()
             return
-        if self._pass.phase is Phase.LOSS:
-            self._pass.run_loss(rows)
-        else:
-            self._pass.run_backward(rows)
-        if self._pass.phase is Phase.DONE:
+        self._pass.run_piece(rows)
+        if self._pass.done:
             self._end_pass(self._pass)
 
-    def _end_pass(self, done: TrainingPass) -> None:
+    def _end_pass(self, done: Pass) -> None:
         progress = self.progress
-        loss, correct = float(done.loss), int(done.correct)
+        sums = done.sums()
+        loss = sums["loss"]
         done.release()
         self._pass = None
         if not math.isfinite(loss):
@@ -288,8 +200,7 @@ class Trainer:
         now = time.monotonic()
         progress.seconds += now - self._clock
         if progress.evaluating:
-            sums = {"loss": loss, "weight": done.weight, "correct": correct, "n": len(done.labelled)}
-            progress.valid = {name: value + sums[name] for name, value in progress.valid.items()}
+            progress.valid = {name: progress.valid.get(name, 0.0) + value for name, value in sums.items()}
             progress.valid_windows_done += 1
             if progress.valid_windows_done == len(self.valid_windows):
                 self._end_evaluation()
@@ -297,9 +208,9 @@ class Trainer:
         self.rows_run += done.num_rows
         progress.trained_tokens += sum(len(sample.tokens) for sample in self._window())
         progress.loss += loss
-        progress.weight += done.weight
-        progress.correct += correct
-        progress.labels += len(done.labelled)
+        progress.weight += sums["weight"]
+        progress.correct += int(sums["correct"])
+        progress.labels += int(sums["n"])
         progress.passes_done += 1
         self.grads += self.pass_grads
         if now - self._saved_s > SAVE_EVERY_S:
@@ -370,9 +281,7 @@ class Trainer:
     def snapshot(self) -> Snapshot:
         """The state without the pass at hand, which would start over."""
         grads = self.grads if self.progress.passes_done else self.grads[:0]
-        return Snapshot(
-            asdict(self.progress), self.adapter.flat.clone(), self.optimizer.state(), grads.clone()
-        )
+        return Snapshot(asdict(self.progress), self.flat.clone(), self.optimizer.state(), grads.clone())
 
     def reclaim(self) -> bool:
         if self._pass is None:
@@ -391,6 +300,63 @@ class Trainer:
         self.reclaim()
         self._over = True
         self.listener.failed(error, self.progress.step)
+
+
+class Trainer(StepTrainer):
+    """Trains an adapter.
+
+    Args:
+        adapter: trained in place. objective: what it minimises. The others are those of `StepTrainer`.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        adapter: Adapter,
+        samples: Sequence[Sample],
+        hyper: Hyperparameters,
+        objective: Objective,
+        listener: Listener,
+        *,
+        seed: int,
+        valid: Sequence[Sample] = (),
+        resume: Snapshot | None = None,
+    ) -> None:
+        self.adapter, self.objective = adapter, objective
+        super().__init__(
+            engine, adapter.flat, samples, hyper, listener, seed=seed, valid=valid, resume=resume
+        )
+
+    def _blocks_kept(self, rows: int) -> int:
+        training = self.hyper.training
+        return blocks_needed(self.engine.config, rows, training.retain, self.engine.pool.block_size)
+
+    def _new_pass(self) -> Pass:
+        evaluating = self.progress.evaluating
+        return TrainingPass(
+            self.engine,
+            self.adapter,
+            self._window(),
+            self.objective,
+            retain=self.hyper.training.retain,
+            grads=None if evaluating else self.pass_grads,
+            scale=self._scale,
+            keep_for=_no_dropout if evaluating else self._dropout(),
+        )
+
+    def _dropout(self) -> KeepFor:
+        rate = self.hyper.lora.dropout
+        if not rate:
+            return _no_dropout
+        where = (self.seed, self.progress.step, self.progress.passes_done)
+        dtype, device = self.flat.dtype, self.flat.device
+
+        def keep_for(begin: int, end: int) -> Keep:
+            return lambda layer, site, width: keep_mask(
+                (*where, layer, site), begin, end, width, rate, dtype
+            ).to(device)
+
+        return keep_for
 
 
 def _no_dropout(begin: int, end: int) -> None:

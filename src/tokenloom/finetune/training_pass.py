@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from tokenloom.batch import BatchBuilder, Keep, SegmentKind
 from tokenloom.cache.block_table import BlockTable
 from tokenloom.engine.engine import Engine
+from tokenloom.engine.latency_model import Features
 from tokenloom.finetune.backward import Kept, LayerBackward, Window
 from tokenloom.finetune.data import Sample
 from tokenloom.finetune.objective import LossSums, Objective
@@ -21,6 +23,46 @@ from tokenloom.models.adapters.adapter import Adapter
 
 KeepFor = Callable[[int, int], Keep | None]
 """(begin, end) -> dropout of those rows of the pass."""
+
+
+LOSS_ROWS, MOST_LOSS_ROWS = 64, 256
+"""Logits of so many rows exist at a time, or of a quarter of a long pass, whose activations take more memory
+than they do: the head is read once for all of them."""
+
+
+class Pass(Protocol):
+    """One way of some samples through the model: forward rows in the engine's batches, then pieces."""
+
+    num_rows: int
+
+    def forward_left(self) -> int:
+        """Rows whose forward pass is still to come."""
+
+    def context(self, rows: int) -> int:
+        """Tokens that the next `rows` rows read in all, each its own included."""
+
+    def add_rows(self, builder: BatchBuilder, rows: int) -> None:
+        """Add the next rows to a batch; `forward_done` follows once it has run."""
+
+    def forward_done(self, rows: int) -> None: ...
+
+    def piece_rows(self) -> int:
+        """Rows of the largest piece that can be run now, once the forward is done."""
+
+    def piece_features(self, rows: int) -> Features: ...
+
+    def run_piece(self, rows: int) -> None:
+        """Run the next piece, at most `rows` rows of it."""
+
+    @property
+    def done(self) -> bool: ...
+
+    def sums(self) -> dict[str, float]:
+        """Of the whole pass, by name: `loss` (weighted), `weight`, predictions that are right (`correct`) and
+        all of them (`n`), and others that an evaluation adds up."""
+
+    def release(self) -> None:
+        """Give every block back."""
 
 
 class Phase(Enum):
@@ -167,6 +209,37 @@ class TrainingPass:
             if first < last:
                 parts.append((segment, first, last))
         return parts
+
+    # -- pieces -----------------------------------------------------------------------------------------
+
+    def piece_rows(self) -> int:
+        if self.phase is Phase.LOSS:
+            at_once = min(MOST_LOSS_ROWS, max(LOSS_ROWS, self.num_rows // 4))
+            return min(at_once, self.losses_left())
+        return self.backward_left()
+
+    def piece_features(self, rows: int) -> Features:
+        if self.phase is Phase.LOSS:
+            return Features(loss_quanta=1, loss_rows=rows)
+        return Features(bwd_quanta=1, bwd_rows=rows, bwd_context=self.backward_context(rows))
+
+    def run_piece(self, rows: int) -> None:
+        if self.phase is Phase.LOSS:
+            self.run_loss(rows)
+        else:
+            self.run_backward(rows)
+
+    @property
+    def done(self) -> bool:
+        return self.phase is Phase.DONE
+
+    def sums(self) -> dict[str, float]:
+        return {
+            "loss": float(self.loss),
+            "weight": self.weight,
+            "correct": int(self.correct),
+            "n": len(self.labelled),
+        }
 
     # -- loss -------------------------------------------------------------------------------------------
 

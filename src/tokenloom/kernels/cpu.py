@@ -232,6 +232,13 @@ class CpuKernels(TorchKernels):
         native.top(logits, values, ids, norms, torch.get_num_threads())
         return values, ids, norms
 
+    def likeliest(self, logits: Tensor, k: int) -> Tensor:
+        if logits.dtype != torch.float32 or logits.stride(-1) != 1:
+            return super().likeliest(logits, k)
+        ids = self.largest(logits, k)
+        order = logits.gather(1, ids).argsort(dim=1, descending=True, stable=True)
+        return ids.gather(1, order)
+
     def largest(self, scores: Tensor, k: int) -> Tensor:
         if scores.dtype != torch.float32 or scores.stride(-1) != 1:
             return super().largest(scores, k)

@@ -296,6 +296,9 @@ class Kernels(Protocol):
         """The k largest of each row of logits `[R, V]` in descending order, their ids, both `[R, k]`, and the
         logarithm of the sum of each row's exponentials, `[R]`."""
 
+    def likeliest(self, logits: Tensor, k: int) -> Tensor:
+        """The ids of `top` alone, int64 `[R, k]`: the sums are most of its work."""
+
     def largest(self, scores: Tensor, k: int) -> Tensor:
         """Where the k largest of each row of scores `[R, m]` are, ascending, int64 `[R, k]`.
 

@@ -171,6 +171,9 @@ class ReferenceKernels:
         values, ids = logits.topk(k, dim=-1)
         return values, ids, logits.logsumexp(-1)
 
+    def likeliest(self, logits: Tensor, k: int) -> Tensor:
+        return logits.topk(k, dim=-1).indices
+
     def largest(self, scores: Tensor, k: int) -> Tensor:
         ranked = scores.sort(dim=-1, descending=True, stable=True).indices
         return ranked[:, :k].sort().values

@@ -12,11 +12,13 @@ from fastapi import APIRouter
 from tokenloom.config import JobSettings, Settings, home
 from tokenloom.engine.async_engine import AsyncEngine
 from tokenloom.finetune.errors import StoreError
+from tokenloom.finetune.product import LoraProduct
 from tokenloom.finetune.reporter import JobReporter
 from tokenloom.finetune.retained import slots_per_token
 from tokenloom.finetune.runner import EngineRunner
 from tokenloom.finetune.service import JobService, TrainableModel
 from tokenloom.finetune.store import Store
+from tokenloom.methods.drafting.ppd_job import PromptProduct
 from tokenloom.serve.errors import ERROR_RESPONSES, ApiError
 from tokenloom.serve.files import files_router
 from tokenloom.serve.fine_tuning import fine_tuning_router
@@ -84,7 +86,7 @@ def open_jobs(engine: AsyncEngine, settings: Settings, tracing: Tracing | None =
             closed = "the KV pool of this server is too small to train in (cache.kv_bytes, ft.mem_frac)"
         else:
             models[engine.model_name] = TrainableModel(engine.tokenizer, longest)
-    runner = EngineRunner(engine, home())
+    runner = EngineRunner(engine, home(), {"lora": LoraProduct, "ppd": PromptProduct})
     service = JobService(
         store,
         runner,

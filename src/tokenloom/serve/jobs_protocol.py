@@ -8,6 +8,7 @@ from pydantic import BaseModel
 
 from tokenloom.finetune.hyperparameters import (
     LoraOptions,
+    PpdOptions,
     TrainingOptions,
     merge_given,
 )
@@ -56,9 +57,16 @@ class Supervised(BaseModel):
     hyperparameters: Hyperparameters
 
 
+class Ppd(PpdOptions):
+    hyperparameters: Hyperparameters
+
+
 class Method(BaseModel):
-    type: Literal["supervised"] = "supervised"
-    supervised: Supervised
+    """The key of the job's type alone is not null. `ppd` is an extension."""
+
+    type: Literal["supervised", "ppd"]
+    supervised: Supervised | None = None
+    ppd: Ppd | None = None
 
 
 class JobFailure(BaseModel):
@@ -68,7 +76,8 @@ class JobFailure(BaseModel):
 
 
 class Job(BaseModel):
-    """A fine-tuning job. `lora` and `training` are extensions; `training.learning_rate` is the peak rate."""
+    """A fine-tuning job. `lora` (null where none is trained) and `training` are extensions;
+    `training.learning_rate` is the peak rate."""
 
     id: str
     object: Literal["fine_tuning.job"] = "fine_tuning.job"
@@ -89,7 +98,7 @@ class Job(BaseModel):
     seed: int
     metadata: dict[str, str] | None
     integrations: list[Any] = []
-    lora: LoraOptions
+    lora: LoraOptions | None
     training: TrainingOptions
 
 
@@ -160,6 +169,10 @@ def job_object(record: JobRecord) -> Job:
         training = TrainingOptions.model_validate(
             {key: given[key] for key in given.keys() & TrainingOptions.model_fields.keys()}
         )
+    if record.requested.ppd is None:
+        method = Method(type="supervised", supervised=Supervised(hyperparameters=shown))
+    else:
+        method = Method(type="ppd", ppd=Ppd(hyperparameters=shown, **record.requested.ppd.model_dump()))
     over = record.finished_at is not None
     return Job(
         id=record.id,
@@ -170,7 +183,7 @@ def job_object(record: JobRecord) -> Job:
         fine_tuned_model=record.fine_tuned_model,
         status=record.status,
         hyperparameters=shown,
-        method=Method(supervised=Supervised(hyperparameters=shown)),
+        method=method,
         training_file=record.training_file,
         validation_file=record.validation_file,
         result_files=record.result_files,
@@ -178,7 +191,7 @@ def job_object(record: JobRecord) -> Job:
         error=None if record.error is None else JobFailure(**vars(record.error)),
         seed=record.seed,
         metadata=record.metadata,
-        lora=record.requested.lora,
+        lora=record.requested.lora if record.requested.ppd is None else None,
         training=training,
     )
 

@@ -101,6 +101,8 @@ class Scripted:
         tree = self.guess(tokens)
         return tree.keep(range(min(most, len(tree))))
 
+    glance = propose
+
     def learn(self, verified: Verified) -> None:
         self.heard.append(verified)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -136,8 +138,16 @@ def drafted(files: ModelFiles, row_ms: float, right: bool, tokens: int = 200) ->
     model = flat_machine(row_ms)
     model.observe = lambda features, measured_ms: None  # type: ignore[method-assign]
     engine.drafting._latency = model
+    counts: list[int] = []
+    add_guesses = engine.drafting.plan
+
+    def counted(plan: Plan) -> None:
+        add_guesses(plan)
+        counts.append(sum(len(draft.tree) for draft in plan.drafts.values()))
+
+    engine.drafting.plan = counted  # type: ignore[method-assign]
     run(engine, request(prompt, method, max_tokens=tokens, logprobs=None))
-    return [len(verified.tokens) - 1 for verified in method.heard]
+    return counts
 
 
 def test_right_guesses_are_verified_where_rows_are_cheap(files: ModelFiles) -> None:
@@ -154,13 +164,48 @@ def test_wrong_guesses_are_given_up_and_tried_again_ever_more_rarely(files: Mode
     assert gaps == sorted(gaps) and all(PROBE_AFTER <= gap <= MOST_WAIT for gap in gaps)
 
 
-def test_a_drafter_that_rests_hears_one_pass_in_four(files: ModelFiles) -> None:
+def test_a_drafter_that_rests_hears_one_pass_in_eight(files: ModelFiles) -> None:
     engine, method = build_engine(files), Scripted(lambda tokens: random_tree(0, 4, []), fixed=False, wants=2)
     engine.drafting._latency = flat_machine(1000.0)
-    run(engine, request(text_of(1, 10), method, max_tokens=60, logprobs=None))
-    resting = [len(verified.top) for verified in method.heard if len(verified.tokens) == 1][8:]
-    assert len(resting) > 40 and set(resting) == {0, 1}
-    assert abs(resting.count(1) / len(resting) - 1 / LISTEN_EVERY) < 0.05
+    run(engine, request(text_of(1, 10), method, max_tokens=160, logprobs=None))
+    assert all(len(verified.tokens) == len(verified.top) == 1 for verified in method.heard)
+    assert len(method.heard) == 159 // LISTEN_EVERY  # passes after the prompt's
+
+
+def test_a_drafter_that_rests_is_asked_for_what_differs_alone(files: ModelFiles) -> None:
+    """Guesses of a kind that was refused are not weighed before the rest is over; others are at once."""
+    engine, asked = build_engine(files), Counter[str]()
+    kinds = iter("aaabaaab" * 100)
+
+    def guess(tokens: list[int]) -> Tree:
+        tree = Tree()
+        tree.add(0, -1, next(kinds))
+        return tree
+
+    method = Scripted(guess, fixed=False)
+    engine.drafting._latency = flat_machine(1000.0)
+    choose = engine.drafting._choose
+
+    def counted(plan: Plan, parts: Any) -> None:
+        asked.update(key for part in parts for key in part.tree.keys)
+        choose(plan, parts)
+
+    engine.drafting._choose = counted  # type: ignore[method-assign]
+    run(engine, request(text_of(1, 10), method, max_tokens=PROBE_AFTER, logprobs=None))
+    assert asked == {"a": 1, "b": 1}
+
+
+def test_fewer_neighbours_end_a_rest(files: ModelFiles) -> None:
+    engine, asked = build_engine(files), []
+    method = Scripted(lambda tokens: asked.append(len(tokens)) or random_tree(0, 4, []), fixed=False)
+    method.glance = lambda tokens, most: Tree()  # type: ignore[method-assign]
+    engine.drafting._latency = flat_machine(1000.0)
+    engine.add(request(text_of(1, 10), method, max_tokens=60, logprobs=None))
+    engine.add(request(text_of(2, 10), name="neighbour", max_tokens=5))
+    for _ in range(12):
+        engine.step()
+    assert asked == [11, 15]  # at first, and when it is alone
+    engine.abort("r")
 
 
 def test_nothing_is_tried_where_even_right_guesses_would_lose(files: ModelFiles) -> None:

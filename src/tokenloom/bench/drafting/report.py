@@ -19,11 +19,12 @@ def write_json(results: dict[str, Any], folder: Path) -> Path:
 
 
 def print_table(results: dict[str, Any], out: Console) -> None:
-    """Tokens/s are of decoding alone; `x` is against no drafting on the same prompts, in turn with it."""
-    names = ("tok/s", "x", "tok/pass", "no loops", "accepted", "repeats", "same")
+    """Tokens/s are of decoding alone; `x` is against no drafting on the same prompts, in turn with it. So
+    many `ms` of a pass go into guessing, besides its rows."""
+    names = ("tok/s", "x", "tok/pass", "no loops", "accepted", "ms", "repeats", "same")
     for temperature in dict.fromkeys(row["temperature"] for row in results["rows"]):
         table = Table(
-            Column("drafter", overflow="fold"),
+            Column("drafter", overflow="fold", min_width=12),
             *(Column(name, justify="right", no_wrap=True) for name in names),
             title=f"temperature {temperature:g}",
             box=SIMPLE,
@@ -45,6 +46,7 @@ def print_table(results: dict[str, Any], out: Console) -> None:
                 f"{row['tokens_per_pass']:.2f}",
                 "" if straight is None else f"{straight:.2f}",
                 f"{row['accepted']}/{row['drafted']}",
+                f"{row['guessing_ms_per_pass']:.2f}",
                 f"{row['repeated']:.0%}",
                 "yes" if row["same_text"] else "NO",
             )

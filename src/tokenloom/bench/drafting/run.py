@@ -5,7 +5,8 @@ from __future__ import annotations
 import datetime
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from tokenloom.bench.drafting import prompts as workloads
 from tokenloom.engine.draft import DraftMethod
 from tokenloom.engine.draft_size import ENGINE_TRIALS, Acceptance
+from tokenloom.engine.drafting import Drafting
 from tokenloom.engine.engine import Engine
 from tokenloom.engine.request import Request
 from tokenloom.engine.sampling_params import SamplingParams
@@ -21,7 +23,7 @@ from tokenloom.kernels import describe
 from tokenloom.llm import LLM
 from tokenloom.methods.drafting import draft_method
 
-VERSION = 1
+VERSION = 2
 REPEATED = 8
 """An n-gram so long that was there before is a repetition."""
 LOOPING = 0.2
@@ -35,12 +37,14 @@ class Answer:
     Attributes:
         tokens: all tokens of each answer.
         passes, seconds, decoded: from that moment on; passes of each sequence, decoded tokens.
+        guessing_s: of these seconds, what planning guesses and learning from them took.
     """
 
     tokens: list[list[int]] = field(default_factory=list)
     passes: int = 0
     seconds: float = 0.0
     decoded: int = 0
+    guessing_s: float = 0.0
     drafted: int = 0
     accepted: int = 0
     accepted_at: list[int] = field(default_factory=list)
@@ -120,13 +124,15 @@ def answer(
         engine.add(request)
     sequences = [request.sequences[0] for request in requests]
     found, start, at_start = Answer(), 0.0, 0
-    while engine.has_work:
-        if not start and all(sequence.num_output for sequence in sequences):
-            start, at_start = time.perf_counter(), sum(sequence.num_output for sequence in sequences)
-        if start:
-            found.passes += sum(sequence.finish_reason is None for sequence in sequences)
-        engine.step()
-    found.seconds = time.perf_counter() - start
+    with _clocked(engine.drafting) as clock:
+        while engine.has_work:
+            if not start and all(sequence.num_output for sequence in sequences):
+                start, at_start = time.perf_counter(), sum(sequence.num_output for sequence in sequences)
+                clock[0] = 0.0
+            if start:
+                found.passes += sum(sequence.finish_reason is None for sequence in sequences)
+            engine.step()
+        found.seconds, found.guessing_s = time.perf_counter() - start, clock[0]
     found.tokens = [sequence.output for sequence in sequences]
     found.decoded = sum(map(len, found.tokens)) - at_start
     for request in requests:
@@ -141,6 +147,26 @@ def answer(
     return found
 
 
+@contextmanager
+def _clocked(drafting: Drafting) -> Iterator[list[float]]:
+    """Adds up the seconds that guessing takes besides its rows."""
+    clock = [0.0]
+
+    def timed(work: Callable[..., None]) -> Callable[..., None]:
+        def run(*given: Any) -> None:
+            start = time.perf_counter()
+            work(*given)
+            clock[0] += time.perf_counter() - start
+
+        return run
+
+    vars(drafting).update(plan=timed(drafting.plan), settle=timed(drafting.settle))
+    try:
+        yield clock
+    finally:
+        del vars(drafting)["plan"], vars(drafting)["settle"]
+
+
 def _row(given: list[Answer], plain: list[Answer]) -> dict[str, Any]:
     decoded, passes = sum(a.decoded for a in given), sum(a.passes for a in given)
     seconds, before = sum(a.seconds for a in given), sum(a.seconds for a in plain)
@@ -152,6 +178,7 @@ def _row(given: list[Answer], plain: list[Answer]) -> dict[str, Any]:
         "speedup": (decoded / seconds) / (sum(a.decoded for a in plain) / before),
         "tokens_per_pass": decoded / passes,
         "tokens_per_pass_without_loops": _ratio(straight),
+        "guessing_ms_per_pass": sum(a.guessing_s for a in given) / passes * 1e3,
         "drafted": sum(a.drafted for a in given),
         "accepted": sum(a.accepted for a in given),
         "accepted_at": [
@@ -159,6 +186,14 @@ def _row(given: list[Answer], plain: list[Answer]) -> dict[str, Any]:
             for i in range(max(len(a.accepted_at) for a in given))
         ],
         "repeated": sum(repeated(t) for a in given for t in a.tokens) / sum(len(a.tokens) for a in given),
+        "answers": [
+            {
+                "tokens": a.decoded,
+                "passes": a.passes,
+                "repeated": sum(map(repeated, a.tokens)) / len(a.tokens),
+            }
+            for a in given
+        ],
         "same_text": all(a.tokens == b.tokens for a, b in zip(given, plain, strict=True)),
     }
 

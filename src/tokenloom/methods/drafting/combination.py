@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -56,20 +57,10 @@ class Together:
         self.wants = max(drafter.wants for drafter in drafters)
 
     def propose(self, tokens: list[int], most: int) -> Tree:
-        tree = self.drafters[0].propose(tokens, most)
-        for drafter in self.drafters[1:]:
-            if tree.num_rows >= most:
-                break
-            more, where = drafter.propose(tokens, most - tree.num_rows), {-1: -1}
-            for node, (token, parent, key) in enumerate(
-                zip(more.tokens, more.parents, more.keys, strict=True)
-            ):
-                where[node] = tree.add(token, where[parent], key)
-            if more.vectors is not None:
-                tree.vectors = more.vectors
-                for node, count in enumerate(more.prompts, -1):
-                    tree.prompts[1 + where[node]] = count
-        return tree
+        return _together([drafter.propose for drafter in self.drafters], tokens, most)
+
+    def glance(self, tokens: list[int], most: int) -> Tree:
+        return _together([drafter.glance for drafter in self.drafters], tokens, most)
 
     def gains(self, most: int) -> list[float]:
         return self._planned.gains(most) if self._planned is not None else []
@@ -85,6 +76,26 @@ class Together:
     def close(self) -> None:
         for drafter in self.drafters:
             drafter.close()
+
+
+def _together(guesses: list[Callable[[list[int], int], Tree]], tokens: list[int], most: int) -> Tree:
+    """One tree, which each fills as far as those before have left room."""
+    tree = guesses[0](tokens, most)
+    for guess in guesses[1:]:
+        if tree.num_rows >= most:
+            break
+        more = guess(tokens, most - tree.num_rows)
+        if not len(tree):
+            tree = more
+            continue
+        where = {-1: -1}
+        for node, (token, parent, key) in enumerate(zip(more.tokens, more.parents, more.keys, strict=True)):
+            where[node] = tree.add(token, where[parent], key)
+        if more.vectors is not None:
+            tree.vectors = more.vectors
+            for node, count in enumerate(more.prompts, -1):
+                tree.prompts[1 + where[node]] = count
+    return tree
 
 
 def draft_method(spec: str) -> Combination | None:

@@ -201,6 +201,9 @@ class Writer:
         self.read, self.certain = text[:known], min(known, len(tokens))
         return tree
 
+    def glance(self, tokens: list[int], most: int) -> Tree:
+        return Tree()  # every guess is a pass of its own
+
     def learn(self, verified: Verified) -> None:
         """It knows what it knows."""
 

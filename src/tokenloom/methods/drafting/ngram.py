@@ -75,6 +75,9 @@ class NgramDrafter:
             break
         return tree
 
+    glance = propose
+    """What it finds differs from place to place in the text."""
+
     def _index(self, tokens: list[int]) -> None:
         """Take in all n-grams that something follows."""
         for end in range(max(1, self._indexed), len(tokens)):

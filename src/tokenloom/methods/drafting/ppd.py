@@ -79,10 +79,10 @@ class Record:
         self.expected += expected
         self.accepted += accepted
 
-    def forget(self) -> None:
+    def forget(self, passes: int) -> None:
         """So that what did not pay is tried again some day."""
-        self.expected *= FORGET
-        self.accepted *= FORGET
+        self.expected *= FORGET**passes
+        self.accepted *= FORGET**passes
 
     @property
     def skill(self) -> float:
@@ -118,6 +118,11 @@ def _read(engine: Any) -> Learned:
     return Learned(vectors.to(engine.device, engine.dtype), table)
 
 
+def refresh(engine: Any) -> None:
+    """Vectors were trained anew: sequences that begin from now on use them."""
+    engine.drafting.shared["ppd"] = _read(engine)
+
+
 class Prompter:
     """One sequence's guesses: those that the last pass left."""
 
@@ -130,7 +135,7 @@ class Prompter:
         """Of each prompt token below the last accepted one, likeliest first."""
         self.length = 0
         """Tokens of the text that they were made for."""
-        self._asked_at = 0
+        self._asked_at = self._weighed_at = 0
         self._grown: dict[tuple[int, ...], float] = {}
 
     def propose(self, tokens: list[int], most: int) -> Tree:
@@ -143,8 +148,13 @@ class Prompter:
     def _begin(self, tokens: list[int]) -> None:
         self._asked_at, self._grown = len(tokens), {}
 
+    def glance(self, tokens: list[int], most: int) -> Tree:
+        return Tree()  # what its rows bring in the long run does not change from pass to pass
+
     def gains(self, most: int) -> list[float]:
-        self.record.forget()
+        # Tokens stand for passes, of which there were no more.
+        self.record.forget(self._asked_at - self._weighed_at if self._weighed_at else 1)
+        self._weighed_at = self._asked_at
         return [rate * self.record.skill for rate in ppd_trees.gains(self.learned.accuracy, most)]
 
     def grow(self, tree: Tree, tokens: list[int], rows: int) -> None:

@@ -18,7 +18,7 @@ from tokenloom.cache.block_pool import OutOfBlocks
 from tokenloom.cache.block_table import BlockTable
 from tokenloom.engine.engine import Engine
 from tokenloom.errors import RequestError
-from tokenloom.kernels import LayerWeights, Linear
+from tokenloom.kernels import KVSpan, LayerWeights, Linear
 from tokenloom.kernels.packed import dense
 from tokenloom.kernels.torch_ops import TorchKernels
 
@@ -60,15 +60,18 @@ def read(engine: Engine, tokens: Sequence[int], dtype: torch.dtype) -> Prefix:
             )
             batch = builder.build()
             hidden.append(engine.decoder.forward(batch, kv))
-        whole = batch.spans[0]
-        pairs = [whole.read(kv, layer) for layer in range(engine.config.num_layers)]
-        keys = [k.to(dtype).transpose(0, 1).clone() for k, _ in pairs]
-        values = [v.to(dtype).transpose(0, 1).clone() for _, v in pairs]
+        return Prefix(torch.cat(hidden), *cached(engine, batch.spans[0], dtype))
     except OutOfBlocks:
         raise RequestError(f"tokens: the KV pool has no room for {len(tokens)} (cache.kv_bytes)") from None
     finally:
         table.clear()
-    return Prefix(torch.cat(hidden), keys, values)
+
+
+def cached(engine: Engine, span: KVSpan, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """Copies of a span's keys and values, of each layer `[Hk, L, D]`, for `Prefix`."""
+    pairs = [span.read(engine.kv, layer) for layer in range(engine.config.num_layers)]
+    keys = [k.to(dtype).transpose(0, 1).clone() for k, _ in pairs]
+    return keys, [v.to(dtype).transpose(0, 1).clone() for _, v in pairs]
 
 
 class Student:
@@ -147,6 +150,19 @@ class Student:
     def _linear(x: Tensor, linear: Linear) -> Tensor:
         assert isinstance(linear.weight, Tensor)
         return F.linear(x, linear.weight, linear.bias)
+
+
+def distances(
+    engine: Engine, student: Student, vectors: Tensor, cuts: Sequence[int], prefix: Prefix
+) -> tuple[Tensor, Tensor]:
+    """KL divergence of each cut's prompt tokens from the model, `[M, S]`, and their own log-probabilities,
+    `[M, S, vocab]`."""
+    size, device = len(vectors), vectors.device
+    rows = torch.tensor(cuts, device=device)[:, None] + torch.arange(size, device=device)
+    needed, back = rows.unique(return_inverse=True)
+    teacher = engine.decoder.logits(prefix.hidden[needed]).to(student.wide).log_softmax(-1).clone()
+    said = student.logits(vectors, cuts, prefix).log_softmax(-1)
+    return F.kl_div(said, teacher[back], log_target=True, reduction="none").sum(-1), said
 
 
 def _attend(

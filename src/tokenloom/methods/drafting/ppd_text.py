@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import re
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,7 +105,23 @@ class Sample:
     start: int
 
 
-def prompts(tokenizer: Tokenizer, count: int, seed: int, held_out: bool = False) -> list[list[int]]:
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A text to be carried on, or what a user says in a chat."""
+
+    text: str
+    chat: bool
+
+    def tokens(self, tokenizer: Tokenizer) -> list[int]:
+        text = self.text
+        if self.chat and tokenizer.chat_template is None:
+            text = f"{text}\n"
+        elif self.chat:
+            text = tokenizer.render_chat([{"role": "user", "content": text}])
+        return tokenizer.encode(text, add_special_tokens=False)
+
+
+def prompts(count: int, seed: int, held_out: bool = False) -> list[Prompt]:
     """Different prompts: questions, texts to work on, and texts and sources to be carried on.
 
     held_out: from subjects and sources of which none are in prompts that are not.
@@ -114,18 +130,18 @@ def prompts(tokenizer: Tokenizer, count: int, seed: int, held_out: bool = False)
     subjects, sources = _part(_SUBJECTS, held_out), _part(_sources(), held_out)
     prose = [_plain(part) for source in sources for part in re.findall(r'"""(.*?)"""', source, re.S)]
     prose = [part for part in prose if 200 < len(part) < 900]
-    kinds: list[Callable[[], str]] = [
-        lambda: _asked(tokenizer, draw.choice(_ASKS).format(*draw.sample(subjects, 2))),
-        lambda: _asked(tokenizer, draw.choice(_READS).format(draw.choice(prose))),
-        lambda: _asked(tokenizer, _counting(draw)),
-        lambda: _piece(draw, draw.choice(sources), 700),
-        lambda: _piece(draw, draw.choice(prose), 200),
+    kinds: list[Callable[[], Prompt]] = [
+        lambda: Prompt(draw.choice(_ASKS).format(*draw.sample(subjects, 2)), True),
+        lambda: Prompt(draw.choice(_READS).format(draw.choice(prose)), True),
+        lambda: Prompt(_counting(draw), True),
+        lambda: Prompt(_piece(draw, draw.choice(sources), 700), False),
+        lambda: Prompt(_piece(draw, draw.choice(prose), 200), False),
     ]
     shares = (4, 2, 1, 2, 1)
-    found: dict[str, None] = {}
+    found: dict[Prompt, None] = {}
     while len(found) < count:
         found[draw.choices(kinds, shares)[0]()] = None
-    return [tokenizer.encode(text, add_special_tokens=False) for text in found]
+    return list(found)
 
 
 def _part(items: Sequence[str], held_out: bool) -> list[str]:
@@ -141,12 +157,6 @@ def _sources() -> list[str]:
 
 def _plain(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
-
-
-def _asked(tokenizer: Tokenizer, text: str) -> str:
-    if tokenizer.chat_template is None:
-        return f"{text}\n"
-    return tokenizer.render_chat([{"role": "user", "content": text}])
 
 
 def _counting(draw: random.Random) -> str:
@@ -185,7 +195,7 @@ def answers(
     """
     params = SamplingParams(temperature=0.0, max_tokens=new_tokens)
     most_prompt = max(1, min(most_prompt, engine.max_model_len - new_tokens))
-    waiting = [ids[-most_prompt:] for ids in prompts(engine.tokenizer, count, seed, held_out)]
+    waiting = [prompt.tokens(engine.tokenizer)[-most_prompt:] for prompt in prompts(count, seed, held_out)]
     running: dict[str, Request] = {}
     found: list[Sample] = []
     done = 0
@@ -205,7 +215,7 @@ def answers(
     return found
 
 
-def repeated(tokens: list[int]) -> float:
+def repeated(tokens: Sequence[Hashable]) -> float:
     """Share of the n-grams of 8 that were there before."""
     grams = [tuple(tokens[i : i + REPEATED]) for i in range(len(tokens) - REPEATED + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from tokenloom.engine.draft import GUESSES
 from tokenloom.engine.engine import Engine
@@ -21,7 +20,7 @@ from tokenloom.errors import RequestError
 from tokenloom.finetune.optimizer import rate_factor
 from tokenloom.heap import release_freed_memory
 from tokenloom.methods.calibration import shape_of, store
-from tokenloom.methods.drafting.ppd_student import Prefix, Student, read
+from tokenloom.methods.drafting.ppd_student import Student, distances, read
 from tokenloom.methods.drafting.ppd_text import Sample
 
 TRIM_EVERY = 10
@@ -106,7 +105,7 @@ def train(
             possible = _cuts(sample, recipe.prompts)
             cuts = draw.sample(possible, min(recipe.cuts, len(possible)))
             prefix = read(engine, sample.tokens, recipe.dtype)
-            losses = _losses(engine, student, embeddings, cuts, prefix)
+            losses = distances(engine, student, embeddings, cuts, prefix)[0].mean(0)
             (losses * weights).mean().div(recipe.texts).backward()
             sums += losses.detach()
         optimizer.step()
@@ -129,19 +128,6 @@ def keep(engine: Engine, trained: Trained, table: Tensor, log: dict[str, Any]) -
 def _cuts(sample: Sample, prompts: int) -> range:
     """Where a text may be cut: what prompt tokens guess must be there, and written by the model."""
     return range(sample.start, len(sample.tokens) - prompts)
-
-
-def _losses(
-    engine: Engine, student: Student, embeddings: Tensor, cuts: Sequence[int], prefix: Prefix
-) -> Tensor:
-    """Mean KL divergence of each prompt token, `[S]`."""
-    rows = torch.tensor(cuts, device=embeddings.device)[:, None] + torch.arange(
-        len(embeddings), device=embeddings.device
-    )
-    needed, back = rows.unique(return_inverse=True)
-    teacher = engine.decoder.logits(prefix.hidden[needed]).to(student.wide).log_softmax(-1).clone()
-    said = student.logits(embeddings, cuts, prefix).log_softmax(-1)
-    return F.kl_div(said, teacher[back], log_target=True, reduction="none").sum(-1).mean(0)
 
 
 # -- how good it is ---------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar
 
 from tokenloom.engine.draft import Drafter, DraftPlace, Tree, Verified
@@ -43,7 +44,7 @@ PAPER80 = _in_order(_paths(_PAPER80))
 TREES: dict[str, list[Path]] = {
     "auto": PAPER80,
     "paper80": PAPER80,
-    "n16": PAPER80[:16],
+    **{f"n{count}": PAPER80[:count] for count in (4, 8, 16, 32)},
     "chain4": [(0,) * depth for depth in range(1, 5)],
 }
 
@@ -65,8 +66,8 @@ class TokenRecycling:
     Parameters:
         k: candidates of a token.
         tree: auto: of the paper's tree the nodes that are worth their time, pass by pass. Or all of one:
-            paper80 (the paper's, 80 nodes, depth 6), n16 (its 16 likeliest), chain4 (first candidates, 4 in a
-            row).
+            paper80 (the paper's, 80 nodes, depth 6), n4, n8, n16, n32 (its likeliest nodes), chain4 (first
+            candidates, 4 in a row).
         scope: who shares a table: adapter (requests of one adapter), engine, request.
         conflict: whose candidates stay where a token is at several nodes: bfs_last (the deepest, as when
             nodes are written in order), accepted_wins (one that became text).
@@ -104,33 +105,50 @@ class TokenRecycling:
         return Recycler(self, store.table(place, self.k, self.scope))
 
 
+@cache
+def _steps(tree: str, k: int) -> list[tuple[int, int, tuple[str, int, int]]]:
+    """Of each path of a tree: where its parent is (0: the root, then the paths), its last rank, and the key
+    of its nodes."""
+    paths = [path for path in TREES[tree] if max(path) < k]
+    place = {(): 0, **{path: i for i, path in enumerate(paths, 1)}}
+    return [(place[path[:-1]], path[-1], ("token_recycling", len(path), path[-1])) for path in paths]
+
+
 class Recycler:
     """Grows trees off a table, and writes what their rows say into it."""
 
     def __init__(self, knobs: TokenRecycling, table: Adjacency) -> None:
         self.knobs, self.table = knobs, table
         self.fixed, self.wants = knobs.tree != "auto", knobs.k
-        self._paths = [path for path in TREES[knobs.tree] if max(path) < knobs.k]
+        self._steps = _steps(knobs.tree, knobs.k)
 
     def propose(self, tokens: list[int], most: int) -> Tree:
         tree = Tree()
-        nodes: dict[Path, int] = {(): -1}
-        successors: dict[int, list[int]] = {}
-        for path in self._paths[:most]:
-            parent = nodes.get(path[:-1])
+        known = self.table.successors(tokens[-1])
+        if known[0] < 0:
+            return tree
+        successors = {tokens[-1]: known}
+        where: list[int | None] = [-1]  # of the root, then of each path; an empty cell has no children
+        for parent_path, rank, key in self._steps[:most]:
+            parent = where[parent_path]
             if parent is None:
-                continue  # an empty cell has no children
+                where.append(None)
+                continue
             last = tree.tokens[parent] if parent >= 0 else tokens[-1]
             if last not in successors:
                 successors[last] = self.table.successors(last)
-            token = successors[last][path[-1]]
-            if token >= 0:
-                key = ("token_recycling", len(path), path[-1])
-                nodes[path] = tree.add(token, parent, key)
+            token = successors[last][rank]
+            where.append(tree.add(token, parent, key) if token >= 0 else None)
         return tree
+
+    def glance(self, tokens: list[int], most: int) -> Tree:
+        return Tree()  # its guesses are as good as their depth and rank, which weighing them has told
 
     def learn(self, verified: Verified) -> None:
         if not len(verified.top):
+            return
+        if len(verified.tokens) == 1:
+            self.table.update(verified.tokens, verified.top[:, : self.knobs.k])
             return
         rows = sorted(range(len(verified.tokens)), key=verified.depths.__getitem__)
         if self.knobs.conflict == "accepted_wins":
