@@ -31,6 +31,7 @@ class Plan:
     def drop(self, sequence: Sequence) -> None:
         """Without this one, if it is there."""
         self.num_rows -= self.rows.pop(sequence, 0)
+        self.drafts.pop(sequence, None)
 
 
 class Scheduler:

@@ -214,7 +214,7 @@ class _TracedReporter(JobReporter):
         self._span.set_status(StatusCode.ERROR, message)
         self._end("failed")
 
-    def succeeded(self, adapter_path: Path | str, trained_tokens: int) -> None:
+    def succeeded(self, adapter_path: Path | str | None, trained_tokens: int) -> None:
         super().succeeded(adapter_path, trained_tokens)
         self._end("succeeded")
 
