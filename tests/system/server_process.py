@@ -31,6 +31,7 @@ class ServerProcess:
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server is killed with the script
 
     def start(self) -> float:
         """Start it and wait until it takes requests; seconds that took."""
