@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from faults import POISON, answer, answers, make, params, patch_forward, settled
 from tiny_models import build_tiny
@@ -102,6 +104,39 @@ async def test_methods_tiers_and_policies_begin_again_with_it(
 
     schedule(fault)
     assert await answers(target, [], **methods) == expected
+    await closed(target, 1)
+
+
+class Unrepeated:
+    """Bans every token that the answer already holds."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def processor(self) -> Unrepeated:
+        return Unrepeated()
+
+    def apply(self, row: Tensor) -> None:
+        row[self.seen] = -torch.inf
+
+    def accept(self, token: int) -> bool:
+        self.seen.append(token)
+        return False
+
+
+async def test_processors_of_logits_know_what_was_said_before(folder: Path, schedule: Any) -> None:
+    target = make(folder)
+    target.start()
+    expected = await answers(target, [], n=2, processors=(Unrepeated(),))
+
+    def fault(scheduler: Scheduler, count: int) -> None:
+        if count == 8:
+            raise RuntimeError
+
+    schedule(fault)
+    found = await answers(target, [], n=2, processors=(Unrepeated(),))
+    assert found == expected
+    assert all(len(set(tokens)) == len(tokens) for one in found for tokens in one[0].values())
     await closed(target, 1)
 
 

@@ -42,7 +42,7 @@ def serving(home: Path, **limits: Any) -> Iterator[Server]:
     install_error_handlers(app)
     app.include_router(files_router(service))
     app.include_router(fine_tuning_router(service))
-    app.add_middleware(RequestContext, count=lambda method, route, status: None)
+    app.add_middleware(RequestContext, count=lambda method, route, status: None, done=lambda record: None)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"

@@ -88,4 +88,4 @@ def _check_output(home: Path, notes: Path, batch_id: str) -> None:
     told = {note["kept"]: json.loads(note["answer"]) for note in _read(notes) if "kept" in note}
     answers = {answer["custom_id"]: answer for answer in good + bad}
     assert Counter(answers[name] == answer for name, answer in told.items()) == Counter({True: len(told)})
-    assert len({answer["response"]["body"]["by"] for answer in answers.values()}) > 3
+    assert len({answer["response"]["body"]["by"] for answer in answers.values()}) > 1

@@ -118,7 +118,8 @@ def test_more_listeners_than_the_limit_get_429_and_a_place_when_one_leaves(serve
     monkeypatch.setattr(live, "MAX_LISTENERS", 1)
     server = serve()
     with server.http.stream("GET", "/live") as response:
-        next(snapshots(response))
+        stream = snapshots(response)  # whose end would close the connection
+        next(stream)
         refused = server.http.get("/live")
         assert_error(refused, 429, None, "too_many_listeners")
         assert int(refused.headers["retry-after"]) > 0

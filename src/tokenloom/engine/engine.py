@@ -10,13 +10,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tokenloom.batch import Batch, BatchBuilder, SegmentKind
+from tokenloom.batch import Batch
 from tokenloom.cache.block_pool import BlockPool, OutOfBlocks
 from tokenloom.cache.kv_cache import KVCache
 from tokenloom.cache.policy import KVPolicy
 from tokenloom.cache.tier import open_tier
 from tokenloom.config import Settings
 from tokenloom.engine.adapters import AdapterRegistry
+from tokenloom.engine.build import build_batch
 from tokenloom.engine.coserve import Coserver
 from tokenloom.engine.drafting import Drafting
 from tokenloom.engine.logits_processor import accept_token
@@ -31,7 +32,6 @@ from tokenloom.engine.validation import validate
 from tokenloom.errors import RequestError
 from tokenloom.heap import keep_freed_memory, release_freed_memory
 from tokenloom.kernels import get_kernels
-from tokenloom.kernels.shared_prefix import shared_prefixes
 from tokenloom.models.decoder import Decoder
 from tokenloom.models.loader import ModelFiles, open_model
 from tokenloom.models.weight_loader import WeightLoader
@@ -182,7 +182,7 @@ class Engine:
         start = time.monotonic()
         self.under_way = plan, train_rows
         with self.timer("build"):
-            batch = self._build(plan, train_rows)
+            batch = build_batch(self, plan, train_rows)
         with self.timer("layers"):
             hidden = self.decoder.forward(batch, self.kv)
         with self.timer("head"):
@@ -197,53 +197,6 @@ class Engine:
             if plan.drafts:
                 self.drafting.settle(plan, logits, hidden, None if train_rows else took_ms)
             return self._publish(ready, gains)
-
-    def _build(self, plan: Plan, train_rows: int) -> Batch:
-        if any(sequence.request.adapter is not None for sequence in plan.rows):
-            # Rows of one adapter side by side, so that each runs once.
-            plan.rows = dict(sorted(plan.rows.items(), key=lambda item: _adapter_version(item[0])))
-        builder = BatchBuilder(self.device)
-        for sequence, rows in plan.rows.items():
-            start, policy, cached = sequence.num_computed, sequence.policy, sequence.cached
-            samples = start + rows == len(sequence.tokens) and _generates(sequence)
-            draft = plan.drafts.get(sequence)
-            if draft is not None and draft.tree.num_rows:
-                first = draft.first_batch_row = builder.add_draft(
-                    [sequence.tokens[start], *draft.tree.tokens],
-                    [-1, *(node + 1 for node in draft.tree.parents)],
-                    sequence.table.blocks,
-                    kv_start=start,
-                    block_size=self.pool.block_size,
-                    contiguous=sequence.table.contiguous,
-                    prompts=draft.tree.prompts,
-                    vectors=draft.tree.vectors,
-                )
-            else:
-                first = builder.add(
-                    SegmentKind.DECODE if sequence.num_output and rows == 1 else SegmentKind.PREFILL,
-                    sequence.tokens[start : start + rows],
-                    sequence.table.blocks,
-                    kv_start=sequence.kv_start,
-                    block_size=self.pool.block_size,
-                    contiguous=sequence.table.contiguous,
-                    logits="last" if samples else "none",
-                    positions=None if policy is None else policy.seen_at(start, rows),
-                )
-            if policy is not None and cached is not None:
-                cached.start, cached.length = start, sequence.kv_start + rows
-                if policy.attends(start, start + rows) or cached.blocks_apart:
-                    builder.governed(policy, cached)
-            if sequence.request.adapter is not None:
-                builder.through(sequence.request.adapter.adapter.layers, first)
-        if train_rows:
-            self.coserver.add_rows(builder, train_rows)
-        self.counters.iterations += 1
-        self.counters.batch_tokens += plan.num_rows
-        batch = builder.build()
-        if self.settings.cache.shared_prefix_attention:
-            batch.shared = shared_prefixes(batch.plain_spans, self.pool.block_size)
-            self.counters.prefix_reads_saved += sum(p.num_saved for p in batch.shared)
-        return batch
 
     def _advance(self, plan: Plan, batch: Batch, hidden: Tensor) -> list[Sequence]:
         """Account for the rows just computed; returns the sequences whose tokens are all computed."""
@@ -291,7 +244,7 @@ class Engine:
         rows: list[int] = []
         row = 0
         for sequence in ready:
-            if not _generates(sequence):
+            if not sequence.generates:
                 continue
             request = sequence.request
             if sequence.finish_reason is None:
@@ -339,7 +292,7 @@ class Engine:
         now = time.monotonic()
         outputs: dict[str, StepOutput] = {}
         for sequence in ready:
-            if not _generates(sequence) and sequence.finish_reason is None:
+            if not sequence.generates and sequence.finish_reason is None:
                 outputs[sequence.request.request_id] = self._publish_prompt_only(sequence)
         for sequence, delta in gains.items():
             request = sequence.request
@@ -448,31 +401,14 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Counters since the start, and gauges of this moment."""
-        stats, scheduler = self.counters, self.scheduler
-        stats.running, stats.waiting = len(scheduler.running), len(scheduler.waiting)
-        stats.kv_blocks_used, stats.kv_blocks_total = self.pool.num_used, self.pool.num_blocks
-        stats.kv_blocks_cached, stats.kv_bytes_total = self.pool.num_cached, self.kv.num_bytes
-        stats.prefix_queries_tokens = scheduler.prefix_queries
-        stats.prefix_hits_tokens = scheduler.prefix_hits
-        stats.draft_bytes = self.drafting.num_bytes
-        stats.preemptions = scheduler.num_preemptions
-        if self.pool.tier is not None:
-            stats.count_tier(self.pool.tier, self.pool.block_size)
+        stats = self.counters
+        stats.gauge(self.scheduler, self.pool)
+        stats.kv_bytes_total, stats.draft_bytes = self.kv.num_bytes, self.drafting.num_bytes
         return stats
 
     def _detokenizer(self, request: Request) -> Detokenizer:
         return self.tokenizer.detokenizer(request.params.skip_special_tokens)
 
 
-def _generates(sequence: Sequence) -> bool:
-    request = sequence.request
-    return request.kind == "generate" and request.params.max_tokens != 0
-
-
 def _raise(sequence: Sequence, error: Exception) -> None:
     raise error
-
-
-def _adapter_version(sequence: Sequence) -> int:
-    adapter = sequence.request.adapter
-    return 0 if adapter is None else adapter.version

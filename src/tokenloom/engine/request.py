@@ -115,6 +115,11 @@ class Sequence:
         self.last_token_s = request.arrival_s
 
     @property
+    def generates(self) -> bool:
+        """Whether there is a token to be sampled once all others are computed."""
+        return self.request.kind == "generate" and self.request.params.max_tokens != 0
+
+    @property
     def num_output(self) -> int:
         return len(self.tokens) - len(self.request.prompt)
 

@@ -7,6 +7,7 @@ import copy
 from dataclasses import dataclass, field, replace
 
 from tokenloom.engine.engine import Engine
+from tokenloom.engine.logits_processor import accept_token
 from tokenloom.engine.outputs import StepOutput
 from tokenloom.engine.request import Request
 from tokenloom.engine.setup import allocate_kv
@@ -74,6 +75,7 @@ def carry_over(engine: Engine, request: Request, told: Told) -> Request:
     for sequence, old in zip(heir.sequences, request.sequences, strict=False):
         output = old.output[: told.tokens.get(old.index, 0)]
         for count, token in enumerate(output, start=1):
+            accept_token(sequence, token)
             sequence.tokens.append(token)
             sequence.text.push(token, count)
         sequence.last_token_s = old.last_token_s

@@ -11,9 +11,10 @@ from tokenloom.engine.latencies import Latencies
 from tokenloom.engine.outputs import DraftCounts, FinishReason
 
 if TYPE_CHECKING:
-    from tokenloom.cache.tier import Tier
+    from tokenloom.cache.block_pool import BlockPool
     from tokenloom.engine.coserve import Coserver
     from tokenloom.engine.request import Request
+    from tokenloom.engine.scheduler import Scheduler
     from tokenloom.engine.training import Training
 
 
@@ -120,10 +121,17 @@ class EngineStats:
         """Share of the KV pool in use, 0 to 1."""
         return self.kv_blocks_used / self.kv_blocks_total if self.kv_blocks_total else 0.0
 
-    def count_tier(self, tier: Tier, block_size: int) -> None:
-        """Take over what the second tier has counted."""
-        self.tier_bytes, self.tier_demotions = tier.num_bytes, tier.demotions
-        self.tier_hits_tokens, self.tier_corrupt = tier.hits * block_size, tier.corrupt
+    def gauge(self, scheduler: Scheduler, pool: BlockPool) -> None:
+        """Take over what these have counted, and how they are now."""
+        self.running, self.waiting = len(scheduler.running), len(scheduler.waiting)
+        self.prefix_queries_tokens, self.prefix_hits_tokens = scheduler.prefix_queries, scheduler.prefix_hits
+        self.preemptions = scheduler.num_preemptions
+        self.kv_blocks_used, self.kv_blocks_total = pool.num_used, pool.num_blocks
+        self.kv_blocks_cached = pool.num_cached
+        tier = pool.tier
+        if tier is not None:
+            self.tier_bytes, self.tier_demotions = tier.num_bytes, tier.demotions
+            self.tier_hits_tokens, self.tier_corrupt = tier.hits * pool.block_size, tier.corrupt
 
     def pop_finished(self) -> list[RequestTiming]:
         """Requests that finished since the last call."""

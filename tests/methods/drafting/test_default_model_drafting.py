@@ -9,6 +9,7 @@ import pytest
 from tokenloom import LLM, SamplingParams
 from tokenloom.kernels import native
 
+SPECS = ("token_recycling(tree=n16)+ngram", "draft_model(layers=4, tokens=2, fixed=True)", "ppd(rows=12)")
 PROMPTS = ["def fibonacci(n):\n", "List the numbers from 1 to 20: 1, 2, 3,"]
 
 
@@ -20,6 +21,6 @@ def test_answers_are_the_same_to_the_bit(default_model: Path) -> None:
         SamplingParams(temperature=0.7, top_p=0.9, seed=4, max_tokens=12, logprobs=0),
     ):
         plain = llm.generate(PROMPTS, params)
-        for spec in ("token_recycling(tree=n16)+ngram", "draft_model(layers=4, tokens=2, fixed=True)"):
+        for spec in SPECS:
             drafted = llm.generate(PROMPTS, params, draft=spec)
             assert [d.completions[0].logprobs for d in drafted] == [p.completions[0].logprobs for p in plain]

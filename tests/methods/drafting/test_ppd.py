@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from draft_rig import build_engine, request, run, same, text_of, tiny_files
@@ -19,6 +21,7 @@ from tokenloom.engine.engine import Engine
 from tokenloom.engine.latency_model import Features
 from tokenloom.errors import RequestError
 from tokenloom.kernels import native
+from tokenloom.methods.calibration import SHIPPED
 from tokenloom.methods.drafting import draft_method
 from tokenloom.methods.drafting.adjacency import Adjacency
 from tokenloom.methods.drafting.combination import Together
@@ -367,3 +370,19 @@ def test_vectors_of_another_width_are_refused(files: ModelFiles) -> None:
 @pytest.mark.parametrize("rows", [-1, 2, 129])
 def test_rows_out_of_range_are_refused(rows: int) -> None:
     assert "rows" in refusal(lambda: draft_method(f"ppd(rows={rows})"))
+
+
+# -- what comes along --------------------------------------------------------------------------------------
+
+
+def test_the_default_models_vectors_are_three_and_a_table() -> None:
+    path = SHIPPED / "smollm2-135m-instruct@30x9x3x64" / "ppd.safetensors"
+    with safe_open(path, "pt") as stored:
+        assert set(stored.keys()) == {"embeddings", "accuracy"}
+        assert stored.get_tensor("embeddings").shape == (3, 576)
+        table = stored.get_tensor("accuracy")
+        log = json.loads(stored.metadata()["training"])
+    assert path.stat().st_size < 20_000
+    assert torch.equal(table, torch.tensor(log["accuracy"]["trained"], dtype=torch.float32))
+    for worse in ("random", "untrained"):
+        assert (table[:, 0] > 1.5 * torch.tensor(log["accuracy"][worse])[:, 0]).all()

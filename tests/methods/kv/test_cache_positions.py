@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from kv_rig import BLOCK, answer, bits, build_engine, request, run, same, text_of, tiny_files, tokens
 from tiny_models import build_tiny
-from tokenloom.batch import BatchBuilder, SegmentKind
+from tokenloom.batch import Batch, BatchBuilder, SegmentKind
 from tokenloom.cache.block_table import BlockTable
+from tokenloom.cache.kv_cache import KVCache
 from tokenloom.engine.engine import Engine
 from tokenloom.engine.scheduler import Plan
 from tokenloom.errors import RequestError
@@ -67,14 +69,13 @@ def test_logits_are_those_of_the_kept_tokens_alone(one_layer: ModelFiles, length
 
 def test_an_answer_beyond_the_context_takes_constant_memory(files: ModelFiles) -> None:
     engine, used, largest = build_engine(files, cache__prefix_caching=False), [], []
-    build = engine._build
+    forward = engine.decoder.forward
 
-    def spy(*args: Any) -> Any:
-        batch = build(*args)
+    def spy(batch: Batch, kv: KVCache) -> Tensor:
         largest.append(int(batch.positions.max()))
-        return batch
+        return forward(batch, kv)
 
-    engine._build = spy  # type: ignore[method-assign]
+    engine.decoder.forward = spy  # type: ignore[method-assign]
     outputs = run(
         engine, request(text_of(3, 50), SPEC, max_tokens=500), watch=lambda: used.append(engine.pool.num_used)
     )

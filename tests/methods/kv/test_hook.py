@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from kv_rig import BLOCK, answer, bits, build_engine, request, run, text_of, tiny_files, tokens
+from tokenloom.batch import Batch
 from tokenloom.cache.block_pool import OutOfBlocks
+from tokenloom.cache.kv_cache import KVCache
 from tokenloom.cache.policy import KVPolicy, SequenceShape
 from tokenloom.engine.engine import Engine
 from tokenloom.engine.request import Request
@@ -227,14 +230,13 @@ def test_positions_go_on_after_tokens_were_dropped(files: ModelFiles) -> None:
     """With everything but its last tokens dropped, a model must still answer by their true positions."""
     engine = build_engine(files, cache__prefix_caching=False)
     seen = []
-    build = engine._build
+    forward = engine.decoder.forward
 
-    def spy(*args: Any) -> Any:
-        batch = build(*args)
+    def spy(batch: Batch, kv: KVCache) -> Tensor:
         seen.append(batch.positions.tolist())
-        return batch
+        return forward(batch, kv)
 
-    engine._build = spy  # type: ignore[method-assign]
+    engine.decoder.forward = spy  # type: ignore[method-assign]
     answer(engine, PROMPT, "streaming(budget=16)", max_tokens=5)
     assert seen == [list(range(90)), [90], [91], [92], [93]]
 

@@ -40,7 +40,7 @@ class Ppd:
         rows: 0: as many rows as are worth their time, pass by pass. Or verify trees of so many rows, guesses
             and prompt tokens together, in every pass: for experiments.
 
-    `tokenloom train ppd` trains the vectors once for a model.
+    `tokenloom train ppd` trains the vectors once for a model; for the default model they come along.
     """
 
     rows: int = 0
