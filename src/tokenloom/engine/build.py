@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def build_batch(engine: Engine, plan: Plan, train_rows: int) -> Batch:
-    """The rows of a plan, one segment for each sequence in the plan's order, and behind them those that train.
+    """The rows of a plan, one segment for each sequence in its order, and behind them those that train.
 
     Where adapters are used the plan is put in their order first, so that each runs once.
     """

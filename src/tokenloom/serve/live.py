@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
@@ -324,12 +324,19 @@ def live_router(engine: AsyncEngine, settings: Settings) -> APIRouter:
     """GET /live."""
     router = APIRouter(tags=["metrics"], responses=ERROR_RESPONSES)
     live = Live(engine, settings)
-    events = {
-        "description": "With `once` a snapshot; else server-sent events, each a snapshot.",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    event = {
+        "type": "object",
+        "properties": {"data": {"type": "string", "contentMediaType": "application/json"}},
+        "required": ["data"],
+    }
+    answers: dict[int | str, dict[str, Any]] = {
+        200: {
+            "description": "With `once` a snapshot; else server-sent events, each with one in its `data`.",
+            "content": {"text/event-stream": {"schema": event}},
+        }
     }
 
-    @router.get("/live", response_model=Snapshot, responses={200: events})
+    @router.get("/live", response_model=Snapshot, responses=answers)
     async def watch(
         once: bool = False,
         interval_s: Annotated[float, Query(ge=0.25, le=60, allow_inf_nan=False)] = 1.0,
