@@ -67,7 +67,7 @@ def test_a_prompt_that_is_reused_is_computed_once_and_tells_the_same(tmp_path: P
     found = candidates(["snapkv(window=8)", "quest(page=4)", "h2o(min_prompt=0)"], [0.25])
     sizes = Sizes(prompt_tokens=300, rows=8, depths=(0.3, 0.8))
     kinds, computed = ["needle", "text"], []
-    run = Engine._build
+    run = Engine.run_pass
 
     def spy(self: Engine, plan: Any, train_rows: int) -> Any:
         computed[-1] += plan.num_rows
@@ -75,7 +75,7 @@ def test_a_prompt_that_is_reused_is_computed_once_and_tells_the_same(tmp_path: P
 
     both = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Engine, "_build", spy)
+        patch.setattr(Engine, "run_pass", spy)
         for reuse in (False, True):
             computed.append(0)
             both.append(measure(settings, found, kinds, sizes, reuse_prompts=reuse))
