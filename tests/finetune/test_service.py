@@ -209,7 +209,8 @@ def test_a_reported_step_is_there_once_however_often_it_is_done(
     runner.go.clear()
     job = wait_for(service, create(service), "running")
     reporter = JobReporter(service.store, job, lambda: None)
-    (job.checkpoint_dir / "1").mkdir()
+    # The job says that it runs a moment before its folder is made.
+    (job.checkpoint_dir / "1").mkdir(parents=True)
     names = set()
     for loss in (3.0, 2.0):
         reporter.step(1, {"train_loss": loss}, 10, None)
