@@ -1,6 +1,11 @@
 // Attention over a paged cache. Part of kernels.inl.
+//
+// What a row gets depends on its sequence alone, to the bit: not on the rows beside it, nor on the pieces in which
+// a prompt comes. So few queries and many, which are computed in different ways, add up in the same order, and that
+// order is one of the keys' places: blocks of KEY_BLOCK, whose weights are sums of eight that are summed up last, make
+// pieces of PIECE_KEYS, and these are folded together one after another.
 
-constexpr int KEYS = 64;          // keys at a time: 16 KiB each of keys and values at D = 64
+static_assert(PIECE_KEYS % KEY_BLOCK == 0);
 constexpr int FEW_QUERIES = WIDE / 2;
 constexpr int ROWS_AT_ONCE = WIDE == 16 ? 8 : 4;  // sums of so many rows times two vectors fit the registers
 
@@ -59,7 +64,7 @@ inline void add_values(const float* const* rows, const float* p, int low, int hi
     for (int part = 0; part < D; part += PART) {
         f32x8 sums[V];
         TOKENLOOM_UNROLL
-        for (int v = 0; v < V; ++v) sums[v] = load(acc + part + 8 * v) * splat(decay);
+        for (int v = 0; v < V; ++v) sums[v] = rounded(load(acc + part + 8 * v) * splat(decay));
         for (int j = low; j < high; ++j) {
             const f32x8 weight = splat(p[j]);
             const float* row = rows[j] + part;
@@ -72,16 +77,17 @@ inline void add_values(const float* const* rows, const float* p, int low, int hi
 }
 
 // What a task holds while keys and values pass by: of each query the sum of weighted values, the largest score so
-// far and the sum of the weights.
+// far and the sum of the weights, in this piece and in those before it.
 template <int D>
 struct Attending {
     alignas(64) float query[MOST_QUERIES * D];  // times 1 / sqrt(D); [queries, D], or [D, MOST_QUERIES] for many
     alignas(64) float acc[MOST_QUERIES * D];
-    alignas(64) float scores[MOST_QUERIES * KEYS];
-    alignas(64) float wide[KEYS * D];
+    alignas(64) float folded[MOST_QUERIES * D], folded_most[MOST_QUERIES], folded_total[MOST_QUERIES];
+    alignas(64) float scores[MOST_QUERIES * KEY_BLOCK];
+    alignas(64) float wide[KEY_BLOCK * D];
     alignas(64) float most[MOST_QUERIES], total[MOST_QUERIES], decay[MOST_QUERIES];
     alignas(64) int32_t low[MOST_QUERIES], high[MOST_QUERIES];  // which keys at hand a query reads
-    const float* rows[KEYS];
+    const float* rows[KEY_BLOCK];
 };
 
 // Few queries: each key meets each query lane by lane.
@@ -99,7 +105,7 @@ void score_few(Attending<D>& a, int queries, int first) {
             TOKENLOOM_UNROLL
             for (int k = 0; k < 8; ++k) products[k] += part * load(a.rows[first + k] + d);
         }
-        store(a.scores + i * KEYS + first, sums(products));
+        store(a.scores + i * KEY_BLOCK + first, sums(products));
     }
 }
 
@@ -108,7 +114,7 @@ void add_few(Attending<D>& a, int queries, int padded) {
     for (int i = 0; i < queries; ++i) {
         const int low = a.low[i], high = a.high[i];
         if (low >= high) continue;
-        float* p = a.scores + i * KEYS;
+        float* p = a.scores + i * KEY_BLOCK;
         for (int j = 0; j < low; ++j) p[j] = -__builtin_inff();
         for (int j = high; j < padded; ++j) p[j] = -__builtin_inff();
         f32x8 top = load(p);
@@ -130,26 +136,43 @@ void add_few(Attending<D>& a, int queries, int padded) {
 
 // Many queries: one lane each, so that sums over D and over keys are sums of whole vectors. `query` is
 // [D, MOST_QUERIES] here and `scores` [keys, MOST_QUERIES].
+//
+// A score is eight sums, of every eighth product, which are added up as a tree: as `score_few` has it.
 template <int D, int N>
 inline void score_tile(const float* const* rows, const float* query, float* scores, int lane) {
-    f32xw sums_of[ROWS_AT_ONCE][N];
+    f32xw tree[3][ROWS_AT_ONCE][N];
     TOKENLOOM_UNROLL
-    for (int k = 0; k < ROWS_AT_ONCE; ++k) {
-        for (int n = 0; n < N; ++n) sums_of[k][n] = f32xw{};
-    }
-    for (int d = 0; d < D; ++d) {
-        const float* x = query + d * MOST_QUERIES + lane;
-        f32xw part[N];
-        for (int n = 0; n < N; ++n) part[n] = load_wide(x + n * WIDE);
+    for (int eighth = 0; eighth < 8; ++eighth) {
+        f32xw sums_of[ROWS_AT_ONCE][N];
         TOKENLOOM_UNROLL
         for (int k = 0; k < ROWS_AT_ONCE; ++k) {
-            const f32xw key = all<f32xw>(rows[k][d]);
-            for (int n = 0; n < N; ++n) sums_of[k][n] += key * part[n];
+            for (int n = 0; n < N; ++n) sums_of[k][n] = f32xw{};
         }
-    }
-    TOKENLOOM_UNROLL
-    for (int k = 0; k < ROWS_AT_ONCE; ++k) {
-        for (int n = 0; n < N; ++n) store_wide(scores + k * MOST_QUERIES + lane + n * WIDE, sums_of[k][n]);
+        TOKENLOOM_UNROLL
+        for (int d = eighth; d < D; d += 8) {
+            const float* x = query + d * MOST_QUERIES + lane;
+            f32xw part[N];
+            for (int n = 0; n < N; ++n) part[n] = load_wide(x + n * WIDE);
+            TOKENLOOM_UNROLL
+            for (int k = 0; k < ROWS_AT_ONCE; ++k) {
+                const f32xw key = all<f32xw>(rows[k][d]);
+                for (int n = 0; n < N; ++n) sums_of[k][n] += key * part[n];
+            }
+        }
+        TOKENLOOM_UNROLL
+        for (int k = 0; k < ROWS_AT_ONCE; ++k) {
+            for (int n = 0; n < N; ++n) {
+                f32xw sum_of = sums_of[k][n];
+                int level = 0;
+                TOKENLOOM_UNROLL
+                for (; eighth >> level & 1; ++level) sum_of = tree[level][k][n] + sum_of;
+                if (level < 3) {
+                    tree[level][k][n] = sum_of;
+                } else {
+                    store_wide(scores + k * MOST_QUERIES + lane + n * WIDE, sum_of);
+                }
+            }
+        }
     }
 }
 
@@ -180,12 +203,20 @@ void weigh_many(Attending<D>& a, int queries, int count, bool masked) {
             top = max_or_nan(top, s);
         }
         const f32xw base = select(top == none, f32xw{}, top);  // no key yet: all weights are 0
-        f32xw weights{};
-        for (int j = 0; j < count; ++j) {
+        f32xw sums_of[8] = {};
+        const auto weigh = [&](int j, f32xw& weights) {
             const f32xw e = exp_below(load_wide(p + j * MOST_QUERIES) - base);
             weights += e;
             store_wide(p + j * MOST_QUERIES, e);
+        };
+        int j = 0;
+        for (; j + 8 <= count; j += 8) {
+            TOKENLOOM_UNROLL
+            for (int k = 0; k < 8; ++k) weigh(j + k, sums_of[k]);
         }
+        for (int k = 0; j + k < count; ++k) weigh(j + k, sums_of[k]);
+        for (int k = 0; k < 4; ++k) sums_of[k] += sums_of[k + 4];
+        const f32xw weights = (sums_of[0] + sums_of[1]) + (sums_of[2] + sums_of[3]);
         const f32xw decay = select(before == top, all<f32xw>(1.0f), exp_below(before - base));
         store_wide(a.decay + lane, decay);
         store_wide(a.total + lane, load_wide(a.total + lane) * decay + weights);
@@ -204,7 +235,7 @@ inline void add_tile(const float* const* rows, int count, const float* weights, 
     TOKENLOOM_UNROLL
     for (int i = 0; i < ROWS_AT_ONCE; ++i) {
         for (int n = 0; n < N; ++n) {
-            sums_of[i][n] = *reinterpret_cast<unaligned*>(to + i * D + n * LANES) * decay[query + i];
+            sums_of[i][n] = rounded<F>(*reinterpret_cast<unaligned*>(to + i * D + n * LANES) * decay[query + i]);
         }
     }
     for (int j = 0; j < count; ++j) {
@@ -244,6 +275,51 @@ void add_many(const float* const* rows, int count, const float* weights, const f
     }
 }
 
+template <int D>
+void begin_piece(Attending<D>& a, int queries) {
+    for (int i = 0; i < queries; ++i) {
+        for (int d = 0; d < D; d += 8) store(a.acc + i * D + d, splat(0.0f));
+        a.most[i] = -__builtin_inff();
+        a.total[i] = 0.0f;
+    }
+}
+
+// Adds a piece's sums to those of the pieces before it; the first one is taken as it is.
+template <int D>
+inline void fold(const float* piece, float piece_most, float piece_total, bool first, float* acc, float& most,
+                 float& total) {
+    if (first) {
+        memcpy(acc, piece, sizeof(float) * D);
+        most = piece_most;
+        total = piece_total;
+        return;
+    }
+    if (piece_total == 0.0f) return;  // none of its keys is read
+    const float top = max_or_nan(f32x8{most, piece_most, most, most, most, most, most, most});
+    const auto decay = [top](float m) { return m == top ? 1.0f : exp_below(splat(m - top))[0]; };
+    const float before = decay(most), now = decay(piece_most);
+    for (int d = 0; d < D; d += 8) {
+        store(acc + d, rounded(load(acc + d) * splat(before)) + load(piece + d) * splat(now));
+    }
+    total = rounded(splat(total * before))[0] + piece_total * now;
+    most = top;
+}
+
+template <int D>
+void fold(Attending<D>& a, int queries, bool more) {
+    for (int i = 0; i < queries; ++i) {
+        fold<D>(a.acc + i * D, a.most[i], a.total[i], !more, a.folded + i * D, a.folded_most[i], a.folded_total[i]);
+    }
+}
+
+// Sums become a row's result; lse may be null.
+template <int D>
+inline void finish(const float* acc, float most, float total, float* out, float* lse) {
+    const f32x8 inverse = splat(1.0f / total);
+    for (int d = 0; d < D; d += 8) store(out + d, load(acc + d) * inverse);
+    if (lse) *lse = most + std::log(total);
+}
+
 // The row of the batch that a task's query i is of.
 inline int row_of(const Span& span, const AttentionTask& task, int row) {
     return task.shared ? task.shared[row].row : span.start + task.row + row;
@@ -271,21 +347,23 @@ void attend(const float* q, const AttentionShape& s, const Span* spans, const At
     for (int i = queries; many && i < lanes; ++i) {
         for (int d = 0; d < D; ++d) a.query[d * MOST_QUERIES + i] = 0.0f;
     }
-    for (int i = 0; i < lanes; ++i) {
-        for (int v = 0; v < V; ++v) store(a.acc + i * D + 8 * v, splat(0.0f));
-        a.most[i] = -__builtin_inff();
-        a.total[i] = 0.0f;
-        a.low[i] = a.high[i] = 0;
-    }
-    size_t index[2][KEYS];
+    for (int i = 0; i < lanes; ++i) a.low[i] = a.high[i] = 0;
+    begin_piece(a, lanes);
+    size_t index[2][KEY_BLOCK];
     int turn = 0;
-    locate(s, span, task.key_begin, std::min(KEYS, task.key_end - task.key_begin), task.kv_head, index[0]);
-    for (int begin = task.key_begin; begin < task.key_end; begin += KEYS) {
-        const int count = std::min(KEYS, task.key_end - begin), padded = (count + 7) / 8 * 8;
+    bool folding = false;
+    locate(s, span, task.key_begin, std::min(KEY_BLOCK, task.key_end - task.key_begin), task.kv_head, index[0]);
+    for (int begin = task.key_begin; begin < task.key_end; begin += KEY_BLOCK) {
+        const int count = std::min(KEY_BLOCK, task.key_end - begin), padded = (count + 7) / 8 * 8;
         const size_t* here = index[turn];
         const size_t* ahead = index[turn ^= 1];
-        const int next = std::min(KEYS, task.key_end - begin - KEYS);
-        if (next > 0) locate(s, span, begin + KEYS, next, task.kv_head, index[turn]);
+        const int next = std::min(KEY_BLOCK, task.key_end - begin - KEY_BLOCK);
+        if (begin % PIECE_KEYS == 0 && begin > task.key_begin) {
+            fold(a, queries, folding);
+            folding = true;
+            begin_piece(a, lanes);
+        }
+        if (next > 0) locate(s, span, begin + KEY_BLOCK, next, task.kv_head, index[turn]);
         gather<D>(here, count, kv.keys, kv.key_scales, a.rows, a.wide);
         for (int j = count; j < padded; ++j) a.rows[j] = a.rows[count - 1];
         for (int j = 0; j < padded; j += 8) {
@@ -312,47 +390,38 @@ void attend(const float* q, const AttentionShape& s, const Span* spans, const At
             add_few<D>(a, queries, padded);
         }
     }
+    if (folding) fold(a, queries, true);
+    const float* sums_of = folding ? a.folded : a.acc;
+    const float *most = folding ? a.folded_most : a.most, *total = folding ? a.folded_total : a.total;
     for (int i = 0; i < queries; ++i) {
-        const float* acc = a.acc + i * D;
         if (task.partial >= 0) {
             const int place = task.shared ? task.shared[i / group].partial + i % group : task.partial + i;
             float* to = partials + static_cast<size_t>(place) * (D + 2);
-            memcpy(to, acc, sizeof(float) * D);
-            to[D] = a.most[i];
-            to[D + 1] = a.total[i];
+            memcpy(to, sums_of + i * D, sizeof(float) * D);
+            to[D] = most[i];
+            to[D + 1] = total[i];
             continue;
         }
-        const int row = task.row + i / group, head = task.kv_head * group + i % group;
-        float* to = out + (span.start + row) * s.out_stride + head * D;
-        const f32x8 inverse = splat(1.0f / a.total[i]);
-        for (int v = 0; v < V; ++v) store(to + 8 * v, load(acc + 8 * v) * inverse);
-        if (lse) lse[static_cast<size_t>(span.start + row) * s.heads + head] = a.most[i] + std::log(a.total[i]);
+        const int row = span.start + task.row + i / group, head = task.kv_head * group + i % group;
+        finish<D>(sums_of + i * D, most[i], total[i], out + row * s.out_stride + head * D,
+                  lse ? lse + static_cast<size_t>(row) * s.heads + head : nullptr);
     }
 }
 
 // The results of tasks that share rows, one after another in `partials`, become one.
+template <int D>
 void merge(const AttentionShape& s, const Span* spans, const AttentionTask& task, const float* partials,
            float* out, float* lse) {
-    const int group = s.heads / s.kv_heads, queries = task.rows * group, width = s.head_dim + 2;
+    const int group = s.heads / s.kv_heads, queries = task.rows * group;
     for (int i = 0; i < queries; ++i) {
-        float top = -__builtin_inff();
+        float acc[D], most = 0.0f, total = 0.0f;
         for (int p = 0; p < task.num_partials; ++p) {
-            const float m = partials[(static_cast<size_t>(task.partial) + p * queries + i) * width + s.head_dim];
-            if (m > top || m != m) top = m;
+            const float* from = partials + (static_cast<size_t>(task.first_partial) + p * queries + i) * (D + 2);
+            fold<D>(from, from[D], from[D + 1], p == 0, acc, most, total);
         }
-        const int row = task.row + i / group, head = task.kv_head * group + i % group;
-        float* to = out + (spans[task.span].start + row) * s.out_stride + head * s.head_dim;
-        for (int d = 0; d < s.head_dim; ++d) to[d] = 0.0f;
-        float total = 0.0f;
-        for (int p = 0; p < task.num_partials; ++p) {
-            const float* from = partials + (static_cast<size_t>(task.partial) + p * queries + i) * width;
-            if (from[s.head_dim + 1] == 0.0f) continue;
-            const float weight = from[s.head_dim] == top ? 1.0f : std::exp(from[s.head_dim] - top);
-            total += weight * from[s.head_dim + 1];
-            for (int d = 0; d < s.head_dim; ++d) to[d] += weight * from[d];
-        }
-        for (int d = 0; d < s.head_dim; ++d) to[d] /= total;
-        if (lse) lse[static_cast<size_t>(spans[task.span].start + row) * s.heads + head] = top + std::log(total);
+        const int row = spans[task.span].start + task.row + i / group, head = task.kv_head * group + i % group;
+        finish<D>(acc, most, total, out + row * s.out_stride + head * D,
+                  lse ? lse + static_cast<size_t>(row) * s.heads + head : nullptr);
     }
 }
 
@@ -382,6 +451,7 @@ void attention(Work& work, const float* q, const AttentionShape& s, const Span* 
     for (int i = 0; i < num_tasks; ++i) merging |= tasks[i].num_partials > 0;
     if (!merging) return;
     work.each(num_tasks, [&](int i) {
-        if (tasks[i].num_partials > 0) merge(s, spans, tasks[i], partials, out, lse);
+        if (tasks[i].num_partials == 0) return;
+        with_head_dim(s.head_dim, [&](auto d) { merge<decltype(d)::value>(s, spans, tasks[i], partials, out, lse); });
     });
 }

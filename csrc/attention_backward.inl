@@ -93,7 +93,8 @@ void attend_backward(const AttentionShape& s, const AttentionGradients& g, const
     const Span& span = g.spans[task.span];
     const int group = s.heads / s.kv_heads, tiles = static_cast<int>(g.tiles.size());
     const float factor = 1.0f / std::sqrt(static_cast<float>(D));
-    alignas(64) float scores[KEYS * MOST_QUERIES], d_weights[KEYS * MOST_QUERIES], d_keys[KEYS * D], d_values[KEYS * D];
+    alignas(64) float scores[KEY_BLOCK * MOST_QUERIES], d_weights[KEY_BLOCK * MOST_QUERIES];
+    alignas(64) float d_keys[KEY_BLOCK * D], d_values[KEY_BLOCK * D];
     alignas(64) int32_t low[MOST_QUERIES], high[MOST_QUERIES];
     float ones[MOST_QUERIES];
     std::fill_n(ones, MOST_QUERIES, 1.0f);
@@ -101,10 +102,10 @@ void attend_backward(const AttentionShape& s, const AttentionGradients& g, const
     const size_t place = static_cast<size_t>(task.partial) * s.kv_heads + task.kv_head;
     float* d_queries = g.partials + place * tiles * tile_floats;
     std::fill_n(d_queries + task.first_tile * tile_floats, task.num_tiles * tile_floats, 0.0f);
-    size_t index[KEYS];
-    const float *keys[KEYS], *values[KEYS];
-    for (int begin = task.key_begin; begin < task.key_end; begin += KEYS) {
-        const int count = std::min(KEYS, task.key_end - begin), padded = (count + 7) / 8 * 8;
+    size_t index[KEY_BLOCK];
+    const float *keys[KEY_BLOCK], *values[KEY_BLOCK];
+    for (int begin = task.key_begin; begin < task.key_end; begin += KEY_BLOCK) {
+        const int count = std::min(KEY_BLOCK, task.key_end - begin), padded = (count + 7) / 8 * 8;
         locate(s, span, begin, count, task.kv_head, index);
         for (int j = 0; j < padded; ++j) {
             const size_t at = index[std::min(j, count - 1)] * D;

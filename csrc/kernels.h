@@ -70,14 +70,18 @@ struct SharedRow {
     int row, partial;
 };
 
-// A piece of attention: rows of one span, one kv head, some keys. Or rows of several spans, all of which read all of
-// these keys: then `shared` says which, and `span` is one of them.
+// A piece of attention: rows of one span, one kv head, some keys, from a multiple of KEY_BLOCK on. Or rows of several
+// spans, all of which read all of these keys: then `shared` says which, and `span` is one of them. What waits to be
+// merged is of keys between two multiples of PIECE_KEYS.
 struct AttentionTask {
     int span, row, rows, kv_head, key_begin, key_end;
     int partial;  // where its result waits to be merged, in units of `partial_floats`; -1: it is the result
-    int num_partials;  // of the first task of a merge: how many follow one another; else 0
+    int first_partial, num_partials;  // of one task of a merge: where all of it lies, one after another; else 0
     const SharedRow* shared = nullptr;
 };
+
+constexpr int KEY_BLOCK = 64;  // 16 KiB each of keys and values of 64 numbers
+constexpr int PIECE_KEYS = 256;  // a row's results of so many keys each are folded together in order
 
 // The gradient of attention's q, keys and values by that of its result. All rows are [heads, head_dim].
 struct AttentionGradients {

@@ -9,7 +9,6 @@ namespace {
 // Few rows: their keys are split, so that all threads have work. The pieces do not depend on the number of
 // threads, hence neither does the result.
 constexpr int SPLIT_ROWS = 8;
-constexpr int SPLIT_KEYS = 256;
 constexpr int GRADIENT_TASKS = 12;  // per span, if it has the keys for it
 constexpr int GRADIENT_KEYS = 64;
 // Floats between the rows of a buffer whose width is a power of two times something: without them many rows'
@@ -31,7 +30,11 @@ struct SharedPart {
     int pieces = 0, own_begin = 0;
 };
 
-int pieces_of(const SharedKeys& keys) { return (keys.end - keys.begin + SPLIT_KEYS - 1) / SPLIT_KEYS; }
+// Shared keys as far as they are whole pieces: a row's sums must not depend on what it shares.
+SharedKeys in_pieces(const SharedKeys& keys) {
+    return {keys.begin / PIECE_KEYS * PIECE_KEYS, keys.end / PIECE_KEYS * PIECE_KEYS, keys.spans};
+}
+int pieces_of(const SharedKeys& keys) { return (keys.end - keys.begin) / PIECE_KEYS; }
 
 // One task reads shared keys for as many rows as fit it. `places[i]`: where span i's results of them begin, for each
 // tile of its rows and kv head.
@@ -48,8 +51,8 @@ void plan_shared(AttentionPlan& plan, const std::vector<Span>& spans, const Atte
         const int pieces = pieces_of(keys);
         for (int head = 0; head < s.kv_heads; ++head) {
             for (int p = 0; p < pieces; ++p) {
-                const int from = keys.begin + p * SPLIT_KEYS;
-                AttentionTask task{keys.spans[0], 0, 0, head, from, std::min(from + SPLIT_KEYS, keys.end), 0, 0};
+                const int from = keys.begin + p * PIECE_KEYS;
+                AttentionTask task{keys.spans[0], 0, 0, head, from, from + PIECE_KEYS, 0, 0, 0};
                 const auto close = [&] {
                     if (!task.rows) return;
                     task.shared = plan.shared.data() + plan.shared.size() - task.rows;
@@ -82,10 +85,14 @@ AttentionPlan plan_attention(const std::vector<Span>& spans, const AttentionShap
     const bool sharing = !shared.empty() && s.window == 0;
     std::vector<SharedPart> parts(sharing ? spans.size() : 0);
     std::vector<std::vector<int>> places(parts.size());
+    std::vector<SharedKeys> together;
     for (size_t k = 0; sharing && k < shared.size(); ++k) {
-        for (int i : shared[k].spans) {
-            parts[i].pieces += pieces_of(shared[k]);
-            parts[i].own_begin = std::max(parts[i].own_begin, shared[k].end);
+        const SharedKeys keys = in_pieces(shared[k]);
+        if (keys.begin == keys.end) continue;
+        together.push_back(keys);
+        for (int i : keys.spans) {
+            parts[i].pieces += pieces_of(keys);
+            parts[i].own_begin = std::max(parts[i].own_begin, keys.end);
         }
     }
     for (int i = 0; i < static_cast<int>(spans.size()); ++i) {
@@ -94,17 +101,23 @@ AttentionPlan plan_attention(const std::vector<Span>& spans, const AttentionShap
         for (int row = 0; row < span.length; row += tile) {
             const int rows = std::min(tile, span.length - row);
             const int first = span.kv_len - span.length + row;  // token of the tile's first row
-            const int begin = s.window > 0 ? std::max(0, first + 1 - s.window) : part.own_begin, end = first + rows;
-            const int split = span.length <= SPLIT_ROWS ? SPLIT_KEYS : end - begin;
-            const int pieces = (end - begin + split - 1) / split, results = pieces + part.pieces;
+            const int in_window = std::max(0, first + 1 - s.window) / KEY_BLOCK * KEY_BLOCK;
+            const int begin = s.window > 0 ? in_window : part.own_begin, end = first + rows;
+            const bool split = span.length <= SPLIT_ROWS || part.pieces > 0;
+            const int from = begin / PIECE_KEYS, pieces = split ? (end - 1) / PIECE_KEYS + 1 - from : 1;
+            const int results = part.pieces + pieces;
             const int heads = span.cells ? span.head + 1 : s.kv_heads;
             for (int head = span.cells ? span.head : 0; head < heads; ++head) {
-                if (part.pieces > 0) places[i].push_back(plan.partial_rows + pieces * rows * group);
+                if (part.pieces > 0) places[i].push_back(plan.partial_rows);
                 for (int p = 0; p < pieces; ++p) {
-                    const int from = begin + p * split;
-                    AttentionTask task{i, row, rows, head, from, std::min(from + split, end), -1, 0};
+                    AttentionTask task{i, row, rows, head, begin, end, -1, 0, 0};
+                    if (split) {
+                        task.key_begin = std::max(begin, (from + p) * PIECE_KEYS);
+                        task.key_end = std::min(end, (from + p + 1) * PIECE_KEYS);
+                    }
                     if (results > 1) {
-                        task.partial = plan.partial_rows + p * rows * group;
+                        task.partial = plan.partial_rows + (part.pieces + p) * rows * group;
+                        task.first_partial = plan.partial_rows;
                         task.num_partials = p == 0 ? results : 0;
                     }
                     plan.tasks.push_back(task);
@@ -113,7 +126,7 @@ AttentionPlan plan_attention(const std::vector<Span>& spans, const AttentionShap
             }
         }
     }
-    if (sharing) plan_shared(plan, spans, s, shared, places);
+    if (sharing) plan_shared(plan, spans, s, together, places);
     // Long ones first: the last to finish should be short.
     std::stable_sort(plan.tasks.begin(), plan.tasks.end(), [](const auto& a, const auto& b) {
         return a.rows * (a.key_end - a.key_begin) > b.rows * (b.key_end - b.key_begin);

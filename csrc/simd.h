@@ -59,6 +59,23 @@ static inline F max_or_nan(F a, F b) {
     return select((a > b) | (a != a), a, b);
 }
 
+// v, which the compiler may not take into a sum before it is rounded.
+template <class F>
+static inline F rounded(F v) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(v));
+#elif defined(__AVX2__)
+    asm("" : "+x"(v));
+#elif defined(__ARM_NEON)
+    typedef float part __attribute__((vector_size(16)));
+    part parts[sizeof(F) / sizeof(part)];
+    memcpy(parts, &v, sizeof v);
+    for (part& p : parts) asm("" : "+w"(p));
+    memcpy(&v, parts, sizeof v);
+#endif
+    return v;
+}
+
 // To the nearest integer, ties to even, for |v| < 2^22.
 template <class F>
 static inline ints_of<F> round_to_int(F v) {

@@ -19,6 +19,7 @@ from tokenloom.engine.engine import Engine
 from tokenloom.engine.outputs import Completion, RequestOutput, collect
 from tokenloom.engine.request import Request
 from tokenloom.engine.sampling_params import SamplingParams
+from tokenloom.kernels import native
 from tokenloom.models.loader import ModelFiles, open_model
 
 VOCAB = 200
@@ -105,7 +106,7 @@ def check_mix(
     requests, arrive = mix
     mixed = engine(files, **flags)
     outputs = run(mixed, [Request(f"r{i}", p, s) for i, (p, s) in enumerate(requests)], arrive)
-    plain = {k: v for k, v in flags.items() if k.startswith("model")}
+    plain = {k: v for k, v in flags.items() if k.startswith(("model", "cache__dtype"))}
     for i, (prompt, params) in enumerate(requests):
         fresh = engine(files, cache__prefix_caching=False, **plain)
         same(outputs[i], run(fresh, [Request(f"r{i}", prompt, params)])[0], tolerance)
@@ -193,6 +194,25 @@ def test_reference_backend_is_bit_identical_in_any_batch(
         cache__kv_bytes=tight_pool(files, 140) * size // 8,
         scheduler__max_batch_tokens=rows,
     )
+
+
+@pytest.mark.skipif(native is None, reason="the native kernels were not built")
+@settings(relaxed, max_examples=15)
+@given(mixes(), st.integers(3, 30), st.sampled_from(["q8", "q4"]), st.sampled_from(["auto", "int8"]))
+def test_packed_weights_are_bit_identical_in_any_batch(
+    files: ModelFiles, mix: Any, rows: int, quantize: str, kv_dtype: str
+) -> None:
+    mixed = check_mix(
+        files,
+        mix,
+        0.0,
+        model__dtype="float32",
+        model__quantize=quantize,
+        cache__dtype=kv_dtype,
+        cache__kv_bytes=tight_pool(files, 140) // 2,
+        scheduler__max_batch_tokens=rows,
+    )
+    assert mixed.decoder.fused is not None
 
 
 def test_warm_prefix_cache_is_used_and_changes_nothing(files: ModelFiles) -> None:

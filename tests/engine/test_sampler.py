@@ -144,7 +144,7 @@ def test_logprobs_only_where_asked() -> None:
 def test_token_logprobs_match_log_softmax() -> None:
     torch.manual_seed(0)
     rows = torch.randn(4, 50, dtype=torch.float64)
-    entries = token_logprobs(rows, [1, 2, 3, 4], [0, 1, 5, 5])
+    entries = token_logprobs(rows, [1, 2, 3, 4], [0, 1, 5, 5], get_kernels())
     expected = rows.log_softmax(-1)
     for i, entry in enumerate(entries):
         assert entry.logprob == pytest.approx(expected[i, i + 1].item(), abs=1e-12)

@@ -85,6 +85,41 @@ def test_attention_of_a_sequence_does_not_depend_on_the_others(case: Case) -> No
         assert torch.equal(alone, together[rows])
 
 
+@st.composite
+def cut_prompts(draw: st.DrawFn) -> tuple[Case, list[int]]:
+    """One sequence of a few hundred tokens, and the lengths of the pieces in which it comes."""
+    past = draw(st.sampled_from([0, 5, 190, 255, 256, 700]))
+    pieces = draw(st.lists(st.sampled_from([1, 1, 2, 5, 8, 9, 30, 70]), min_size=2, max_size=6))
+    case = batch(
+        draw(st.integers(0, 2**31)),
+        [(sum(pieces), past)],
+        kv_heads=draw(st.integers(1, 2)),
+        group=draw(st.sampled_from([1, 2, 3, 8])),
+        head_dim=draw(st.sampled_from(HEAD_DIMS)),
+        dtype=draw(st.sampled_from([torch.float32, torch.int8])),
+        window=draw(st.sampled_from([None, None, 7, 100, 300])),
+    )
+    return case, pieces
+
+
+@settings(max_examples=150, deadline=None)
+@given(cut_prompts(), st.sampled_from(ISAS))
+def test_attention_is_the_same_bits_in_whatever_pieces_a_prompt_comes(
+    cut: tuple[Case, list[int]], isa: str
+) -> None:
+    native.use_isa(isa)
+    case, pieces = cut
+    whole, (all_of_it,) = case.attend(), case.spans
+    end, row = all_of_it.kv_len - all_of_it.length, 0
+    for length in pieces:
+        end += length
+        piece = span(0, length, end, all_of_it.blocks)
+        assert torch.equal(
+            attend(case.q[row : row + length], case.kv, [piece], case.window), whole[row : row + length]
+        )
+        row += length
+
+
 def test_the_heads_of_a_wider_row_are_read_where_they_lie() -> None:
     case = batch(0, [(3, 5), (1, 40)], kv_heads=2, group=2, head_dim=16)
     expected = case.attend()

@@ -6,12 +6,9 @@ Two servers, half of the time each. Each question (`questions.py`) is first aske
 nothing else. Then `--clients` ask them at random, streamed or not; a part of them close their connection in
 mid-answer. A job trains beside them all the time. The run passes if
 
-- exact: where every prompt is computed in one piece (no prefix cache, room for all), every answer under load
-  is the one that was given alone, token for token,
-- pressed: with the prefix cache, little memory and small iterations, prompts are computed in other pieces
-  than alone, which changes the last bits of attention, and 8-bit activations make more of that. An answer
-  whose first token that differs was preferred by less than `--tie` (in log-probability) is a near tie and
-  counted apart; any other that differs is wrong,
+- every answer under load is the one that was given alone, token for token, whether there is room for all of
+  them (`roomy`) or they are pressed for it (`pressed`: prefix cache, little memory, small iterations, so that
+  prompts are computed in other pieces than alone, and answers are preempted and taken up again),
 - nothing but what is documented was refused, and no stream broke off,
 - afterwards the pool holds no block but those of the prefix cache, and nothing runs or waits,
 - the server's memory grew by at most 2 % after the warm-up (the first third), in phases of ten minutes and
@@ -44,8 +41,8 @@ from server_process import ServerProcess
 
 COMMON = ["scheduler.max_running=16", "slo.tpot_ms=500", "slo.ttft_ms=5000"]
 PHASES = {
-    "exact": ["cache.kv_bytes=1073741824", "cache.prefix_caching=false", "scheduler.max_batch_tokens=8192"],
-    "pressed": ["cache.kv_bytes=268435456"],
+    "roomy": ["cache.kv_bytes=1073741824", "cache.prefix_caching=false", "scheduler.max_batch_tokens=8192"],
+    "pressed": ["cache.kv_bytes=268435456", "scheduler.max_batch_tokens=256"],
 }
 GROWTH, LEAST_MINUTES = 0.02, 10
 SAMPLE_S = 2.0
@@ -55,22 +52,16 @@ SAMPLE_S = 2.0
 class Tally:
     asked: Counter[str] = field(default_factory=Counter)
     right: int = 0
-    ties: Counter[str] = field(default_factory=Counter)
-    widest: float = 0.0
-    """Gap of the tie that was least near."""
     wrong: list[str] = field(default_factory=list)
     aborted: int = 0
     refused: Counter[int] = field(default_factory=Counter)
     broken: list[str] = field(default_factory=list)
     rss: list[tuple[float, int]] = field(default_factory=list)
 
-    def judge(self, number: int, question: Question, expected: Answer, got: Answer, tie: float) -> None:
+    def judge(self, number: int, question: Question, expected: Answer, got: Answer) -> None:
         gap = same(expected, got)
         if gap is None:
             self.right += 1
-        elif gap <= tie:
-            self.ties[question.kind] += 1
-            self.widest = max(self.widest, gap)
         else:
             method = question.body.get("kv") or question.body.get("draft") or ""
             self.wrong.append(f"question {number} ({question.kind} {method}): gap {gap:.4f}")
@@ -83,7 +74,6 @@ async def one_client(
     expected: list[Answer],
     tally: Tally,
     end_s: float,
-    tie: float,
 ) -> None:
     draw = random.Random(seed)
     while time.monotonic() < end_s:
@@ -102,7 +92,7 @@ async def one_client(
             if streams and give_up_after is not None and got.finish_reason is None:
                 tally.aborted += 1
             else:
-                tally.judge(number, question, expected[number], got, tie)
+                tally.judge(number, question, expected[number], got)
         except Refused as refused:
             tally.refused[refused.status] += 1
             await asyncio.sleep(float(refused.retry_after or 1))
@@ -124,7 +114,6 @@ async def load(
     expected: list[Answer],
     tally: Tally,
     seconds: float,
-    tie: float,
     options: argparse.Namespace,
 ) -> None:
     end_s = time.monotonic() + seconds
@@ -134,7 +123,7 @@ async def load(
         await asyncio.gather(
             watch(server, tally, end_s),
             *(
-                one_client(client, options.seed + i, asked, expected, tally, end_s, tie)
+                one_client(client, options.seed + i, asked, expected, tally, end_s)
                 for i, client in enumerate(clients)
             ),
         )
@@ -174,7 +163,7 @@ def growth(samples: list[tuple[float, int]]) -> float:
     return statistics.median(values[-tenth:]) / statistics.median(values[start : start + tenth]) - 1
 
 
-def phase(server: ServerProcess, minutes: float, tie: float, options: argparse.Namespace) -> dict[str, Any]:
+def phase(server: ServerProcess, minutes: float, options: argparse.Namespace) -> dict[str, Any]:
     tally, asked = Tally(), questions()[:: options.every]
     server.start()
 
@@ -187,12 +176,12 @@ def phase(server: ServerProcess, minutes: float, tie: float, options: argparse.N
     with httpx.Client(base_url=server.url, timeout=120) as client:
         job_id = start_training(client)
         print(f"{minutes:g} minutes with {options.clients} clients", file=sys.stderr, flush=True)
-        asyncio.run(load(server, asked, expected, tally, minutes * 60, tie, options))
+        asyncio.run(load(server, asked, expected, tally, minutes * 60, options))
         steps, status = len(training_job.steps(client, job_id)), training_job.job(client, job_id)["status"]
         client.post(f"/v1/fine_tuning/jobs/{job_id}/cancel").raise_for_status()
     idle = wait_idle(server)
     for number, got in enumerate(asyncio.run(reference())):
-        tally.judge(number, asked[number], expected[number], got, tie)
+        tally.judge(number, asked[number], expected[number], got)
     after = wait_idle(server)
     exit_status = server.stop()
     grown = growth(tally.rss)
@@ -214,8 +203,6 @@ def phase(server: ServerProcess, minutes: float, tie: float, options: argparse.N
         "checks": checks,
         "asked": dict(tally.asked),
         "right": tally.right,
-        "near ties": dict(tally.ties),
-        "widest of them": round(tally.widest, 4),
         "wrong": tally.wrong[:50],
         "closed in mid-answer": tally.aborted,
         "refused": dict(tally.refused),
@@ -239,7 +226,6 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--clients", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tie", type=float, default=0.5, help="log-probabilities that are a near tie")
     parser.add_argument("--every", type=int, default=1, help="of the questions, one in so many")
     parser.add_argument("--phase", choices=list(PHASES), help="this one alone, for all of the time")
     parser.add_argument("--set", action="append", default=[], help="a setting of the servers, key=value")
@@ -251,9 +237,8 @@ def main() -> None:
         training_job.write_adapter(Path(folder))
         for name in names:
             server = ServerProcess(Path(folder), COMMON + PHASES[name] + options.set)
-            tie = 0.0 if name == "exact" else options.tie
             try:
-                result[name] = phase(server, options.minutes / len(names), tie, options)
+                result[name] = phase(server, options.minutes / len(names), options)
             except BaseException:
                 print(server.log_tail(), file=sys.stderr)
                 raise

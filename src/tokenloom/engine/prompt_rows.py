@@ -35,4 +35,4 @@ def read_prompt_rows(decoder: Decoder, request: Request, hidden: Tensor, positio
         window = labels[i : i + _LOGITS_ROWS]
         logits = decoder.logits(hidden[i : i + len(window)])
         assert entries is not None
-        entries += token_logprobs(logits, window, [count] * len(window))
+        entries += token_logprobs(logits, window, [count] * len(window), decoder.kernels)

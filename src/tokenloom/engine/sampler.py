@@ -77,7 +77,8 @@ def sample(
     logprobs: list[TokenLogprob | None] = [None] * len(sequences)
     if wanting:
         counts = [sequences[i].request.params.logprobs or 0 for i in wanting]
-        for i, entry in zip(wanting, token_logprobs(raw, [tokens[i] for i in wanting], counts), strict=True):
+        entries = token_logprobs(raw, [tokens[i] for i in wanting], counts, kernels)
+        for i, entry in zip(wanting, entries, strict=True):
             logprobs[i] = entry
     return tokens, logprobs
 
@@ -99,16 +100,15 @@ def _argmax(logits: Tensor) -> list[int]:
     return tokens
 
 
-def token_logprobs(logits: Tensor, tokens: list[int], counts: list[int]) -> list[TokenLogprob]:
+def token_logprobs(
+    logits: Tensor, tokens: list[int], counts: list[int], kernels: Kernels
+) -> list[TokenLogprob]:
     """Log-probability of `tokens[i]` under `logits[i]`, with the `counts[i]` most likely alternatives."""
     logits = logits.float() if logits.dtype != torch.float64 else logits
-    norms = logits.logsumexp(-1)
+    # torch's own logsumexp shares one row, but not several, among threads: its last bits depend on the batch.
+    values, ids, norms = kernels.top(logits, max(1, *counts))
     rows = torch.arange(len(tokens), device=logits.device)
     chosen = (logits[rows, torch.tensor(tokens, device=logits.device)] - norms).tolist()
-    most = max(counts)
-    if most == 0:
-        return [TokenLogprob(t, p) for t, p in zip(tokens, chosen, strict=True)]
-    values, ids = logits.topk(most, dim=-1)
     tops = zip(ids.tolist(), (values - norms[:, None]).tolist(), strict=True)
     return [
         TokenLogprob(t, p, tuple(zip(i[:n], v[:n], strict=True)))
