@@ -140,8 +140,8 @@ void add_few(Attending<D>& a, int queries, int padded) {
 // A score is eight sums, of every eighth product, which are added up as a tree: as `score_few` has it.
 template <int D, int N>
 inline void score_tile(const float* const* rows, const float* query, float* scores, int lane) {
-    f32xw tree[3][ROWS_AT_ONCE][N];
-    TOKENLOOM_UNROLL
+    f32xw eighths[8][ROWS_AT_ONCE][N];
+#pragma GCC unroll 1  // unrolled it takes twice the time to compile, and no less to run
     for (int eighth = 0; eighth < 8; ++eighth) {
         f32xw sums_of[ROWS_AT_ONCE][N];
         TOKENLOOM_UNROLL
@@ -161,17 +161,14 @@ inline void score_tile(const float* const* rows, const float* query, float* scor
         }
         TOKENLOOM_UNROLL
         for (int k = 0; k < ROWS_AT_ONCE; ++k) {
-            for (int n = 0; n < N; ++n) {
-                f32xw sum_of = sums_of[k][n];
-                int level = 0;
-                TOKENLOOM_UNROLL
-                for (; eighth >> level & 1; ++level) sum_of = tree[level][k][n] + sum_of;
-                if (level < 3) {
-                    tree[level][k][n] = sum_of;
-                } else {
-                    store_wide(scores + k * MOST_QUERIES + lane + n * WIDE, sum_of);
-                }
-            }
+            for (int n = 0; n < N; ++n) eighths[eighth][k][n] = sums_of[k][n];
+        }
+    }
+    for (int k = 0; k < ROWS_AT_ONCE; ++k) {
+        for (int n = 0; n < N; ++n) {
+            const auto pair = [&](int i) { return eighths[i][k][n] + eighths[i + 1][k][n]; };
+            const f32xw sum_of = (pair(0) + pair(2)) + (pair(4) + pair(6));
+            store_wide(scores + k * MOST_QUERIES + lane + n * WIDE, sum_of);
         }
     }
 }
