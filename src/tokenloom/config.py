@@ -80,10 +80,10 @@ class CacheSettings(_Branch):
         "nothing can train then.",
     )
     prefix_caching: bool = True
-    shared_prefix_attention: bool = Field(
-        False,
-        description="Read cached blocks that several decodes share once for all of them. An answer's last "
-        "bits then depend on who else is in the batch.",
+    shared_prefix_attention: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Read cached blocks that several decodes share once for all of them. auto: where that "
+        "leaves every bit of an answer as it is (native kernels); on: also where it does not.",
     )
     tier: Literal["none", "host", "disk"] = Field(
         "none", description="Where cached blocks go that the pool gives away: nowhere, memory, a file."

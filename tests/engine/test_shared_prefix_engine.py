@@ -13,6 +13,7 @@ from tokenloom.engine.engine import Engine
 from tokenloom.engine.outputs import TokenLogprob
 from tokenloom.engine.request import Request
 from tokenloom.engine.sampling_params import SamplingParams
+from tokenloom.kernels import native
 from tokenloom.methods.kv import combine
 from tokenloom.models.loader import open_model
 
@@ -61,7 +62,7 @@ def same(
 
 
 def test_answers_are_the_same_and_reads_are_saved(make: Make) -> None:
-    plain, together = make(), make(cache__shared_prefix_attention=True)
+    plain, together = make(), make(cache__shared_prefix_attention="on")
     for engine in (plain, together):
         run(engine, request("warm", []))
     tails = [[i, 7, 9][: 1 + i % 3] for i in range(4)]
@@ -73,9 +74,29 @@ def test_answers_are_the_same_and_reads_are_saved(make: Make) -> None:
     assert together.stats().prefix_reads_saved == 8 * 3 * len(PREFIX)
 
 
+@pytest.mark.skipif(native is None, reason="the native kernels were not built")
+def test_by_default_whole_pieces_are_read_once_where_that_changes_no_bit(make: Make) -> None:
+    flags = {"model__dtype": "float32", "model__quantize": "q8", "cache__block_size": 16}
+    flags["cache__kv_bytes"] = 2**24
+    long = [[(7 * i + 1) % 200 for i in range(native.PIECE_KEYS)] + [tail, 9] for tail in range(3)]
+    found = {}
+    for mode in ("auto", "off"):
+        engine = make(**flags, cache__shared_prefix_attention=mode)
+        run(engine, request("warm", long[0]))
+        found[mode] = run(engine, *(request(f"r{i}", tail) for i, tail in enumerate(long)))
+        assert engine.stats().prefix_reads_saved == (8 * 2 * native.PIECE_KEYS if mode == "auto" else 0)
+    assert found["auto"] == found["off"]
+
+
+def test_where_it_would_change_bits_nothing_is_shared_by_default(make: Make) -> None:
+    engine = make()
+    run(engine, request("r", [1, 2] * 150, n=3))
+    assert engine.stats().prefix_reads_saved == 0
+
+
 def test_the_choices_of_one_request_share_their_prompt(make: Make) -> None:
     expected = run(make(), request("r", [1, 2], n=3))
-    together = make(cache__shared_prefix_attention=True)
+    together = make(cache__shared_prefix_attention="on")
     same(run(together, request("r", [1, 2], n=3)), expected)
     # 98 tokens of the prompt, of which 24 blocks are whole; the choices part in the next one.
     assert together.stats().prefix_reads_saved == 7 * 2 * 96
@@ -90,7 +111,7 @@ def test_requests_under_kv_methods_go_on_beside(make: Make) -> None:
             request("snap", [9], "snapkv(budget=16,window=4)"),
         ]
 
-    together = make(cache__shared_prefix_attention=True)
+    together = make(cache__shared_prefix_attention="on")
     for engine in (warm := make(), together):
         run(engine, request("warm", []))
     same(run(together, *mix()), run(warm, *mix()))

@@ -28,10 +28,20 @@ def build_batch(engine: Engine, plan: Plan, train_rows: int) -> Batch:
     engine.counters.iterations += 1
     engine.counters.batch_tokens += plan.num_rows
     batch = builder.build()
-    if engine.settings.cache.shared_prefix_attention:
-        batch.shared = shared_prefixes(batch.plain_spans, block_size)
+    piece = _shared_piece(engine)
+    if piece is not None:
+        batch.shared = shared_prefixes(batch.plain_spans, block_size, piece=piece)
         engine.counters.prefix_reads_saved += sum(prefix.num_saved for prefix in batch.shared)
     return batch
+
+
+def _shared_piece(engine: Engine) -> int | None:
+    """Common prefixes are read once in multiples of so many tokens; None: not at all."""
+    mode, decoder = engine.settings.cache.shared_prefix_attention, engine.decoder
+    if mode == "off":
+        return None
+    exact = decoder.kernels.exact_prefix_tokens(decoder.config, decoder.dtype)
+    return exact if mode == "auto" or exact is not None else 1
 
 
 def _add(builder: BatchBuilder, block_size: int, sequence: Sequence, rows: int, plan: Plan) -> None:

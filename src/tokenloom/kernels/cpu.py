@@ -105,6 +105,10 @@ class CpuKernels(TorchKernels):
             return super().attention(q, kv, layer, spans, window, shared)
         return self._attention(q, kv, layer, spans, window, None, shared)
 
+    def exact_prefix_tokens(self, shape: ModelShape, dtype: torch.dtype) -> int | None:
+        exact = dtype == torch.float32 and _attends(shape.num_heads, shape.num_kv_heads, shape.head_dim)
+        return native.PIECE_KEYS if exact else None
+
     def attention_at(self, q: Tensor, kv: KVCache, cells: Tensor | Sequence[Tensor]) -> Tensor:
         heads, head_dim = q.shape[1:]
         if q.dtype != torch.float32 or not _attends(heads, len(cells), head_dim):

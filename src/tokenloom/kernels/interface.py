@@ -237,6 +237,9 @@ class Kernels(Protocol):
         of these spans may be read once for all that share it (without a window). Returns `[T, Hq, D]`.
         """
 
+    def exact_prefix_tokens(self, shape: ModelShape, dtype: torch.dtype) -> int | None:
+        """Prefixes of a multiple of so many tokens may be `shared` without changing a bit; None: none may."""
+
     def attention_at(self, q: Tensor, kv: KVCache, cells: Tensor | Sequence[Tensor]) -> Tensor:
         """Attention of rows that read chosen tokens, of one sequence in one layer.
 

@@ -94,6 +94,9 @@ class ReferenceKernels:
                 out[span.start + i] = torch.matmul(weights, v).reshape(num_heads, head_dim)
         return out
 
+    def exact_prefix_tokens(self, shape: ModelShape, dtype: torch.dtype) -> int | None:
+        return None
+
     def attention_at(self, q: Tensor, kv: KVCache, cells: Tensor | Sequence[Tensor]) -> Tensor:
         n, num_heads, head_dim = q.shape
         out = torch.empty_like(q).view(n, len(cells), -1, head_dim)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,17 +24,21 @@ MOST_ROWS = 8
 
 
 def shared_prefixes(
-    spans: Sequence[KVSpan], block_size: int, least_tokens: int = LEAST_TOKENS
+    spans: Sequence[KVSpan], block_size: int, least_tokens: int = LEAST_TOKENS, piece: int = 1
 ) -> list[SharedPrefix]:
     """What spans of few rows have in common at their beginning, as a tree: what all of a group share, then
     what parts of the group share behind it.
 
-    Only whole blocks that all rows of a span read; at least `least_tokens` each.
+    Only whole blocks that all rows of a span read; at least `least_tokens` each, and of those only what lies
+    between multiples of `piece` tokens.
     """
     found: list[SharedPrefix] = []
     few = [span for span in spans if span.length <= MOST_ROWS]
     _split(few, 0, 0, block_size, max(1, -(-least_tokens // block_size)), found)
-    return found
+    if piece == 1:
+        return found
+    cut = (replace(p, begin=p.begin // piece * piece, end=p.end // piece * piece) for p in found)
+    return [prefix for prefix in cut if prefix.begin < prefix.end]
 
 
 def _split(

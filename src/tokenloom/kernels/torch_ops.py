@@ -130,6 +130,9 @@ class TorchKernels:
             out[rows] = attended.transpose(0, 1)
         return out
 
+    def exact_prefix_tokens(self, shape: ModelShape, dtype: torch.dtype) -> int | None:
+        return None
+
     def attention_at(self, q: Tensor, kv: KVCache, cells: Tensor | Sequence[Tensor]) -> Tensor:
         n, num_heads, head_dim = q.shape
         queries = q.view(n, len(cells), -1, head_dim)

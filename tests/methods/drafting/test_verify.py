@@ -246,13 +246,13 @@ def test_guesses_give_way_where_memory_is_short(files: ModelFiles, mix: Any) -> 
 @given(mixes())
 def test_rows_of_a_tree_may_share_their_prefix(files: ModelFiles, mix: Any) -> None:
     long = [{**m, "prompt": [*text_of(9, 70), *m["prompt"]]} for m in mix]
-    check(files, long, 1e-9, cache__shared_prefix_attention=True)
+    check(files, long, 1e-9, cache__shared_prefix_attention="on")
 
 
 @pytest.mark.parametrize("name", ["torch", "native"])
 def test_a_shared_prefix_ends_before_the_first_branch(files: ModelFiles, name: str) -> None:
-    engine = build_engine(files, **backend(name), cache__shared_prefix_attention=True)
-    prompt = text_of(9, 75)
+    engine = build_engine(files, **backend(name), cache__shared_prefix_attention="on")
+    prompt = text_of(9, 300 if name == "native" else 75)
     text = answer_of(build_engine(files, **backend(name)), prompt)
     output = run(engine, request(prompt, Scripted(foretelling(text, 3, 20))))[0]
     assert [*prompt, *output.completions[0].token_ids] == text
