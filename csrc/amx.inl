@@ -39,7 +39,7 @@ void unpack_chunk(const uint8_t* const* groups, int begin, int count, Unpacked* 
         const size_t offset = static_cast<size_t>(begin) * block_bytes(F);
         TwoGroups both{groups[2 * n] + offset, groups[2 * n + 1] + offset};
         for (int b = 0; b < count; ++b, both.next(block_bytes(F))) {
-            both.fetch(block_bytes(F));
+            both.fetch(PREFETCH, block_bytes(F));
             unpack_tile<F>(both.w0, both.w1, to[b].quants[n]);
             to[b].d[n] = both.halves(quant_bytes(F));
             if constexpr (F == Format::Q4_1) to[b].offset[n] = both.halves(quant_bytes(F) + 2 * GROUP);

@@ -78,7 +78,7 @@ struct OneGroup {
         }
     }
     Floats halves(int byte) const { return load_half(reinterpret_cast<const uint16_t*>(w + byte)); }
-    void fetch(int bytes) const { prefetch(w + PREFETCH, bytes); }
+    void fetch(int ahead, int bytes) const { prefetch(w + ahead, bytes); }
     void next(int bytes) { w += bytes; }
 };
 
@@ -101,9 +101,9 @@ struct TwoGroups {
     Floats halves(int byte) const {
         return load_halves(reinterpret_cast<const uint16_t*>(w0 + byte), reinterpret_cast<const uint16_t*>(w1 + byte));
     }
-    void fetch(int bytes) const {
-        prefetch(w0 + PREFETCH, bytes);
-        prefetch(w1 + PREFETCH, bytes);
+    void fetch(int ahead, int bytes) const {
+        prefetch(w0 + ahead, bytes);
+        prefetch(w1 + ahead, bytes);
     }
     void next(int bytes) {
         w0 += bytes;
@@ -124,7 +124,7 @@ inline void add_block(Floats& acc, Ints products, Floats d, float scale, float s
 // Weight rows of one group or two times M activation rows; the order of summation does not depend on M, nor on the
 // number of groups, so a row's result is the same in any batch.
 template <Format F, int M, class Groups>
-inline void tile(Groups weights, int blocks, const Activations& x, int row, bool ahead,
+inline void tile(Groups weights, int blocks, const Activations& x, int row, int ahead,
                  typename Groups::Floats* out) {
     typedef typename Groups::Floats Floats;
     const ptrdiff_t stride = x.columns;
@@ -134,7 +134,7 @@ inline void tile(Groups weights, int blocks, const Activations& x, int row, bool
     Floats acc[M];
     for (int m = 0; m < M; ++m) acc[m] = Floats{};
     for (int b = 0; b < blocks; ++b) {
-        if (ahead) weights.fetch(block_bytes(F));
+        if (ahead) weights.fetch(ahead, block_bytes(F));
         typename Groups::Ints products[M];
         weights.template dots<F, M>(a + b * BLOCK, stride, products);
         const Floats d = weights.halves(quant_bytes(F));
@@ -153,7 +153,7 @@ typedef float StripRow[STRIP * GROUP];
 
 // Two groups of weight rows (the second may be null) times M activation rows, to columns `column ..` of `out`.
 template <Format F, int M>
-inline void tile(const uint8_t* w0, const uint8_t* w1, int blocks, const Activations& x, int row, bool ahead,
+inline void tile(const uint8_t* w0, const uint8_t* w1, int blocks, const Activations& x, int row, int ahead,
                  StripRow* out, int column) {
 #if defined(__AVX512VNNI__)
     if (w1) {
@@ -174,7 +174,7 @@ inline void tile(const uint8_t* w0, const uint8_t* w1, int blocks, const Activat
 
 // The same for the rows that are left when tiles of M + 1 no longer fit.
 template <Format F, int M>
-inline void rest(const uint8_t* w0, const uint8_t* w1, int blocks, const Activations& x, int row, int rows, bool ahead,
+inline void rest(const uint8_t* w0, const uint8_t* w1, int blocks, const Activations& x, int row, int rows, int ahead,
                  StripRow* out, int column) {
     if (rows == M) {
         tile<F, M>(w0, w1, blocks, x, row, ahead, out, column);
@@ -185,12 +185,12 @@ inline void rest(const uint8_t* w0, const uint8_t* w1, int blocks, const Activat
 
 template <Format F>
 inline void tiles(const uint8_t* w0, const uint8_t* w1, int blocks, const Activations& x, int row, int rows,
-                  StripRow* out, int column) {
+                  int ahead, StripRow* out, int column) {
     int m = 0;
     for (; m + TILE <= rows; m += TILE) {
-        tile<F, TILE>(w0, w1, blocks, x, row + m, m == 0, out + m, column);
+        tile<F, TILE>(w0, w1, blocks, x, row + m, m == 0 ? ahead : 0, out + m, column);
     }
-    if (m < rows) rest<F, TILE - 1>(w0, w1, blocks, x, row + m, rows - m, m == 0, out + m, column);
+    if (m < rows) rest<F, TILE - 1>(w0, w1, blocks, x, row + m, rows - m, m == 0 ? ahead : 0, out + m, column);
 }
 
 #if defined(__AMX_INT8__)
@@ -201,12 +201,13 @@ constexpr bool in_tiles(int) { return false; }
 
 // A strip of weight rows times `rows` rows of activations. Groups may be null.
 template <Format F>
-void strip_of(const uint8_t* const* groups, int blocks, const Activations& x, int first, int rows, StripRow* out) {
+void strip_of(const uint8_t* const* groups, int blocks, const Activations& x, int first, int rows, int ahead,
+              StripRow* out) {
 #if defined(__AMX_INT8__)
     if (in_tiles(x.rows)) return tiles_of_rows<F>(groups, blocks, x, first, rows, out);
 #endif
     for (int i = 0; i < STRIP; i += 2) {
-        if (groups[i]) tiles<F>(groups[i], groups[i + 1], blocks, x, first, rows, out, i * GROUP);
+        if (groups[i]) tiles<F>(groups[i], groups[i + 1], blocks, x, first, rows, ahead, out, i * GROUP);
     }
 }
 
@@ -274,7 +275,7 @@ void linear_of(Work& work, const Weight& w, const Activations& x, Then then, flo
                 ids[i] = i < step ? g : g + groups;
                 if (g < groups) weights[i] = w.group(ids[i]);
             }
-            strip_of<F>(weights, blocks, x, first, rows, y);
+            strip_of<F>(weights, blocks, x, first, rows, step * blocks * block_bytes(F), y);
             if (before) wait_for(bypasses->ready, before);
             for (int i = 0; before && i < together; ++i) {
                 if (weights[i]) add_low_rank(*bypasses, ids[i] * GROUP, first, rows, y, i * GROUP);

@@ -6,6 +6,7 @@ numpy is the reference; the native kernels read the same bytes, and without them
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Union
 
@@ -15,6 +16,7 @@ import torch
 from gguf.constants import GGMLQuantizationType
 from torch import Tensor
 
+from tokenloom.kernels.large_pages import room
 from tokenloom.kernels.native import native
 
 GROUP, BLOCK = 8, 32
@@ -57,7 +59,9 @@ class PackedWeight:
         format = FORMATS[name]
         num_rows, blocks = len(rows), rows.shape[1] // format.row_bytes
         padded = -(-num_rows // GROUP) * GROUP
-        data = np.zeros((padded // GROUP, blocks, GROUP * format.row_bytes), np.uint8)
+        shape = (padded // GROUP, blocks, GROUP * format.row_bytes)
+        packed = room(math.prod(shape)).view(shape)
+        data = packed.numpy()
         # A few groups at a time, so that no second copy of a large weight comes to be.
         step = max(1, 2**20 // (blocks * format.row_bytes * GROUP))
         for first in range(0, len(data), step):
@@ -74,7 +78,7 @@ class PackedWeight:
             out[..., : GROUP * format.quant_bytes] = quants.reshape(*out.shape[:2], -1)
             out[..., GROUP * format.quant_bytes :] = halves.reshape(*out.shape[:2], -1)
         width = blocks * BLOCK
-        return cls(format, (num_rows, width), torch.from_numpy(data))
+        return cls(format, (num_rows, width), packed)
 
     @classmethod
     def quantize(cls, name: str, weight: Tensor) -> PackedWeight:
