@@ -56,7 +56,7 @@ def _create(home: Path) -> str:
             blob.write(json.dumps(line).encode() + b"\n")
         file = opened.files.add(blob, "input.jsonl", "batch")
     request = CreateBatch(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
-    batch = BatchStore(opened.database, opened.files).create(request)
+    batch = BatchStore(opened.database, opened.files).create(request, account="api-2")
     opened.close()
     return batch.id
 
@@ -70,6 +70,7 @@ def _check_asked_once(notes: Path) -> None:
     kept: set[str] = set()
     for note in _read(notes):
         assert note.get("asked") not in kept
+        assert note.get("account", "api-2") == "api-2"
         kept.add(note.get("kept", ""))
 
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 from sqlalchemy import URL, ColumnElement, Connection, Row, Table, event, select
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.schema import CreateColumn
 
 from tokenloom.errors import RequestError
 from tokenloom.finetune import schema
@@ -26,7 +27,7 @@ class Database:
     """One engine with the tables in it. What `write()` has committed survives a crash."""
 
     def __init__(self, url: str | URL) -> None:
-        """Connect, and create the tables where there are none.
+        """Connect, and create the tables where there are none, and columns that older ones lack.
 
         Raises StoreError if the URL is not usable, or the tables are of another version.
         """
@@ -44,6 +45,7 @@ class Database:
             with self.write() as connection:
                 schema.metadata.create_all(connection)
                 self.store_id = _store_id(connection)
+                _add_new_columns(connection)
         except DBAPIError as error:
             self.engine.dispose()
             raise StoreError(f"database {parsed.render_as_string()}: {error.orig}") from error
@@ -160,6 +162,18 @@ def _set_up_sqlite(connection: Any, _: Any) -> None:
 def _begin_sqlite(connection: Connection) -> None:
     # A writer that began as a reader could not wait its turn: its snapshot would be out of date.
     connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.info.get("writes") else "BEGIN")
+
+
+def _add_new_columns(connection: Connection) -> None:
+    inspector, dialect = sa.inspect(connection), connection.dialect
+    # Two processes may open an older PostgreSQL database at the same time; of SQLite there is one writer.
+    guard = "IF NOT EXISTS " if dialect.name == "postgresql" else ""
+    for table in schema.metadata.sorted_tables:
+        known = {column["name"] for column in inspector.get_columns(table.name)}
+        for column in table.columns:
+            if column.name not in known:
+                kind = CreateColumn(column).compile(dialect=dialect)
+                connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {guard}{kind}")
 
 
 def _store_id(connection: Connection) -> str:

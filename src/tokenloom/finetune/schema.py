@@ -1,6 +1,9 @@
 """Tables of files, jobs and batches, in SQL that SQLite and PostgreSQL both speak.
 
 Rows are listed in the order of `seq`, because many can be created within one second.
+
+A column that may be null can be added at any time: `Database` adds it to tables that were made without it,
+and programs that do not know it leave it null. Any other change is another `SCHEMA_VERSION`.
 """
 
 from __future__ import annotations
@@ -152,6 +155,8 @@ batches = Table(
     metadata,
     _seq(),
     _id(),
+    # Whose key made it; null where no key was asked for.
+    Column("account", String(64)),
     Column("endpoint", String(32), nullable=False),
     Column("input_file", String(64), ForeignKey("files.id"), nullable=False),
     Column("status", String(16), nullable=False, index=True),

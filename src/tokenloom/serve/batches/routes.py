@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Request
 
 from tokenloom.serve.batches.protocol import Batch, BatchList, CreateBatch, batch_object
 from tokenloom.serve.batches.runner import BatchRunner
 from tokenloom.serve.errors import ERROR_RESPONSES
+from tokenloom.serve.key_ring import Account
 from tokenloom.serve.store_route import IdempotencyKey, StoreRoute
 
 
@@ -18,10 +19,11 @@ def batches_router(runner: BatchRunner) -> APIRouter:
     store = runner.store
 
     @router.post("/batches")
-    def create_batch(body: CreateBatch, idempotency_key: IdempotencyKey = None) -> Batch:
+    def create_batch(body: CreateBatch, request: Request, idempotency_key: IdempotencyKey = None) -> Batch:
         """Start a batch over an uploaded file. It is on disk when the answer comes; its lines are checked
         after that."""
-        record = store.create(body, idempotency_key)
+        account: Account | None = request.state.account
+        record = store.create(body, idempotency_key, account.id if account else None)
         runner.wake()
         return batch_object(record)
 

@@ -51,19 +51,24 @@ class BatchStore:
         self._database = database
         self.files = files
 
-    def create(self, request: CreateBatch, idempotency_key: str | None = None) -> BatchRecord:
+    def create(
+        self, request: CreateBatch, idempotency_key: str | None = None, account: str | None = None
+    ) -> BatchRecord:
         """Create a batch in validating; durable when this returns.
+
+        Args:
+            account: whose key came with the request; None without one.
 
         Raises RequestError: the file is unknown or not for batches, or the key came with another request.
         """
         body = json.dumps(request.model_dump(mode="json", exclude_unset=True), sort_keys=True)
         body_sha256 = hashlib.sha256(body.encode()).hexdigest()
         try:
-            return self.get(self._insert(request, idempotency_key, body_sha256))
+            return self.get(self._insert(request, idempotency_key, body_sha256, account))
         except IntegrityError:  # another process claimed the key between our look and our insert
-            return self.get(self._insert(request, idempotency_key, body_sha256))
+            return self.get(self._insert(request, idempotency_key, body_sha256, account))
 
-    def _insert(self, request: CreateBatch, key: str | None, body_sha256: str) -> str:
+    def _insert(self, request: CreateBatch, key: str | None, body_sha256: str, account: str | None) -> str:
         with self._database.write() as connection:
             new, now = new_id("batch_"), int(time.time())
             batch_id = claim_key(connection, "batches", key, body_sha256, new)
@@ -74,6 +79,7 @@ class BatchStore:
             connection.execute(
                 insert(batches).values(
                     id=new,
+                    account=account,
                     endpoint=request.endpoint,
                     input_file=request.input_file_id,
                     status="validating",
@@ -116,7 +122,20 @@ class BatchStore:
 
     def oldest(self, *statuses: Status) -> BatchRecord | None:
         """The batch that was created first among those in one of the states."""
-        query = select(batches).where(batches.c.status.in_(statuses)).order_by(batches.c.seq).limit(1)
+        return self._first(batches.c.status.in_(statuses))
+
+    def oldest_of(self, account: str | None, *statuses: Status) -> BatchRecord | None:
+        """The same among the batches of one account; None for those that no key made."""
+        return self._first(batches.c.status.in_(statuses), batches.c.account == account)
+
+    def accounts(self, *statuses: Status) -> set[str | None]:
+        """Who has batches in one of the states."""
+        query = select(batches.c.account).where(batches.c.status.in_(statuses)).distinct()
+        with self._database.read() as connection:
+            return set(connection.execute(query).scalars())
+
+    def _first(self, *where: ColumnElement[bool]) -> BatchRecord | None:
+        query = select(batches).where(*where).order_by(batches.c.seq).limit(1)
         with self._database.read() as connection:
             row = connection.execute(query).one_or_none()
             return None if row is None else self._records(connection, [row])[0]
@@ -260,6 +279,7 @@ def _record(row: Row[Any], counted: list[tuple[bool, list[int]]]) -> BatchRecord
         )
     return BatchRecord(
         id=row.id,
+        account=row.account,
         endpoint=row.endpoint,
         input_file_id=row.input_file,
         status=row.status,
