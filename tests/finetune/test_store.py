@@ -78,7 +78,8 @@ def test_an_older_database_gains_the_columns_that_it_lacks(tmp_path: Path) -> No
     store.close()
     engine = sa.create_engine(f"sqlite:///{tmp_path / 'jobs.sqlite'}")
     with engine.begin() as connection:
-        connection.execute(sa.text("ALTER TABLE batches DROP COLUMN account"))
+        for table in ("files", "jobs", "batches"):
+            connection.execute(sa.text(f"ALTER TABLE {table} DROP COLUMN account"))
         insert = sa.text(
             "INSERT INTO batches (id, endpoint, input_file, status, created_at, expires_at, times, total, "
             "completed, failed, tokens) VALUES ('batch_old', '', :file, 'failed', 0, 0, '{}', 0, 0, 0, '')"
@@ -88,6 +89,7 @@ def test_an_older_database_gains_the_columns_that_it_lacks(tmp_path: Path) -> No
     store = Store(tmp_path)
     with store.database.read() as connection:
         rows = connection.execute(sa.select(batches.c.id, batches.c.account)).all()
+    assert store.files.get(kept.id) == kept
     store.close()
     assert rows == [("batch_old", None)]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import batch_crash_worker
 
 import forks
+from tokenloom.finetune.principal import Principal
 from tokenloom.finetune.store import Store
 from tokenloom.serve.batches.protocol import CreateBatch
 from tokenloom.serve.batches.store import BatchStore
@@ -56,7 +57,7 @@ def _create(home: Path) -> str:
             blob.write(json.dumps(line).encode() + b"\n")
         file = opened.files.add(blob, "input.jsonl", "batch")
     request = CreateBatch(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
-    batch = BatchStore(opened.database, opened.files).create(request, account="api-2")
+    batch = BatchStore(opened.database, opened.files).create(request, who=Principal("api-2", False))
     opened.close()
     return batch.id
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
@@ -16,6 +16,7 @@ from sqlalchemy.schema import CreateColumn
 from tokenloom.errors import RequestError
 from tokenloom.finetune import schema
 from tokenloom.finetune.errors import StorageFullError, StoreError
+from tokenloom.finetune.principal import OPERATOR, Principal
 from tokenloom.finetune.records import Page
 
 BUSY_TIMEOUT_S = 30
@@ -99,7 +100,7 @@ def page(
     after: str | None,
     limit: int,
     newest_first: bool = True,
-    within: ColumnElement[bool] | None = None,
+    within: Sequence[ColumnElement[bool]] = (),
 ) -> Page[T]:
     """Up to `limit` rows that follow the row with id `after`.
 
@@ -111,19 +112,20 @@ def page(
     """
     seq = table.c.seq
     if after is not None:
-        own = [table.c.id == after] + ([] if within is None else [within])
+        own = [table.c.id == after, *within]
         start = connection.execute(select(seq).where(*own)).scalar_one_or_none() if is_id(after) else None
         if start is None:
             raise RequestError(f"after: nothing in this list has the id {after[:128]!r}", param="after")
         where = [*where, seq < start if newest_first else seq > start]
-    if within is not None:
-        where = [*where, within]
+    where = [*where, *within]
     order = seq.desc() if newest_first else seq.asc()
     found = connection.execute(select(table).where(*where).order_by(order).limit(limit + 1)).all()
     return Page([record(row) for row in found[:limit]], len(found) > limit)
 
 
-def claim_key(connection: Connection, scope: str, key: str | None, body_sha256: str, new: str) -> str:
+def claim_key(
+    connection: Connection, scope: str, key: str | None, body_sha256: str, new: str, who: Principal = OPERATOR
+) -> str:
     """Bind an idempotency key to the object about to be created.
 
     Returns the id of the object that the key stands for: `new`, or that of an earlier, equal request.
@@ -137,6 +139,7 @@ def claim_key(connection: Connection, scope: str, key: str | None, body_sha256: 
             "Idempotency-Key: must be 1 to 255 printable characters", code="invalid_idempotency_key"
         )
     keys = schema.idempotency_keys
+    key = who.own_key(key)
     own = select(keys).where(keys.c.scope == scope, keys.c.key == key)
     known = connection.execute(own).one_or_none()
     if known is None:

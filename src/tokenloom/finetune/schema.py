@@ -38,6 +38,11 @@ def _id() -> Column[str]:
     return Column("id", String(64), nullable=False, unique=True)
 
 
+def _account() -> Column[str]:
+    # Whose key made it; null where no key was asked for.
+    return Column("account", String(64))
+
+
 def _job() -> Column[str]:
     return Column("job_id", String(64), ForeignKey("jobs.id"), nullable=False, index=True)
 
@@ -73,6 +78,7 @@ files = Table(
     metadata,
     _seq(),
     _id(),
+    _account(),
     Column("filename", Text, nullable=False),
     Column("purpose", String(32), nullable=False),
     Column("bytes", BigInteger, nullable=False),
@@ -89,6 +95,7 @@ jobs = Table(
     metadata,
     _seq(),
     _id(),
+    _account(),
     Column("name", Text, nullable=False, unique=True),
     Column("model", Text, nullable=False),
     Column("suffix", String(64)),
@@ -155,8 +162,7 @@ batches = Table(
     metadata,
     _seq(),
     _id(),
-    # Whose key made it; null where no key was asked for.
-    Column("account", String(64)),
+    _account(),
     Column("endpoint", String(32), nullable=False),
     Column("input_file", String(64), ForeignKey("files.id"), nullable=False),
     Column("status", String(16), nullable=False, index=True),
