@@ -18,6 +18,7 @@ from tokenloom.serve.batches.store import BatchStore
 
 LINES = 120
 LEAST_KILLS = 8
+OWNER = Principal("api-2", False)
 
 
 def test_kill_9_at_random_instants(tmp_path: Path) -> None:
@@ -55,9 +56,9 @@ def _create(home: Path) -> str:
                 "body": {"name": f"r{i}"},
             }
             blob.write(json.dumps(line).encode() + b"\n")
-        file = opened.files.add(blob, "input.jsonl", "batch")
+        file = opened.files.add(blob, "input.jsonl", "batch", who=OWNER)
     request = CreateBatch(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
-    batch = BatchStore(opened.database, opened.files).create(request, who=Principal("api-2", False))
+    batch = BatchStore(opened.database, opened.files).create(request, who=OWNER)
     opened.close()
     return batch.id
 
@@ -71,7 +72,7 @@ def _check_asked_once(notes: Path) -> None:
     kept: set[str] = set()
     for note in _read(notes):
         assert note.get("asked") not in kept
-        assert note.get("account", "api-2") == "api-2"
+        assert note.get("account", OWNER.account) == OWNER.account
         kept.add(note.get("kept", ""))
 
 
