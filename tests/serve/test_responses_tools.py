@@ -13,9 +13,6 @@ from pydantic import BaseModel, Field
 
 from running import Running, assert_error, settings
 from scripted_engine import ScriptedEngine
-from tiny_models import build_tiny
-from tokenloom.engine.async_engine import AsyncEngine
-from tokenloom.engine.engine import Engine
 
 ARGUMENTS = {
     "type": "object",
@@ -77,16 +74,12 @@ def scripted(serve: Callable[..., Running]) -> Iterator[Callable[..., Client]]:
         client.openai.close()
 
 
-@pytest.fixture(scope="module")
-def roomy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    """A random model with a context that holds tools told in words."""
-    folder, _ = build_tiny(tmp_path_factory.mktemp("roomy"), max_position_embeddings=4096)
-    flags = {"model__backend": "torch", "model__dtype": "float64", "cache__kv_bytes": 2**24}
-    server = Running(AsyncEngine(Engine(settings(model__name=str(folder), **flags))))
-    client = Client(server)
+@pytest.fixture
+def held(roomy: Running) -> Iterator[Client]:
+    """A client of a random model, whose answers make sense only where they are held to a form."""
+    client = Client(roomy)
     yield client
     client.openai.close()
-    server.stop()
 
 
 # -- calls in an answer -----------------------------------------------------------------------------------
@@ -238,30 +231,30 @@ def test_output_with_calls_can_be_sent_back_as_input(scripted):
 # -- what an answer is held to ----------------------------------------------------------------------------
 
 
-def test_a_named_function_is_called_with_arguments_that_fit(roomy):
+def test_a_named_function_is_called_with_arguments_that_fit(held):
     choice = {"type": "function", "name": "weather"}
-    response = roomy.create(tool_choice=choice, parallel_tool_calls=False)
+    response = held.create(tool_choice=choice, parallel_tool_calls=False)
     [call] = response.output
     assert (call.name, response.status) == ("weather", "completed")
     jsonschema.validate(json.loads(call.arguments), ARGUMENTS)
 
 
-def test_a_required_call_is_streamed_as_it_is_whole(roomy):
+def test_a_required_call_is_streamed_as_it_is_whole(held):
     fields = {"tool_choice": "required", "parallel_tool_calls": False}
-    [whole] = roomy.create(**fields).output
-    [streamed] = list(roomy.create(stream=True, **fields))[-1].response.output
+    [whole] = held.create(**fields).output
+    [streamed] = list(held.create(stream=True, **fields))[-1].response.output
     assert (streamed.name, streamed.arguments) == (whole.name, whole.arguments)
 
 
 @pytest.mark.parametrize("tools", [[], [TIME]])
-def test_text_fits_its_schema(roomy, tools):
+def test_text_fits_its_schema(held, tools):
     form = {"type": "json_schema", "name": "args", "schema": ARGUMENTS, "strict": True}
-    response = roomy.create(text={"format": form}, tools=tools, tool_choice="none")
+    response = held.create(text={"format": form}, tools=tools, tool_choice="none")
     jsonschema.validate(json.loads(response.output_text), ARGUMENTS)
 
 
-def test_text_is_some_json_object(roomy):
-    response = roomy.create(tools=[], text={"format": {"type": "json_object"}}, max_output_tokens=60)
+def test_text_is_some_json_object(held):
+    response = held.create(tools=[], text={"format": {"type": "json_object"}}, max_output_tokens=60)
     assert response.output_text.lstrip().startswith("{")
 
 
@@ -269,12 +262,12 @@ class Weather(BaseModel, extra="forbid"):
     days: int = Field(ge=1, le=7)
 
 
-def test_the_official_client_parses_answers_and_calls(roomy):
-    common = {"model": roomy.server.engine.model_name, "input": "hi", "max_output_tokens": 300}
-    answer = roomy.openai.responses.parse(text_format=Weather, **common)
+def test_the_official_client_parses_answers_and_calls(held):
+    common = {"model": held.server.engine.model_name, "input": "hi", "max_output_tokens": 300}
+    answer = held.openai.responses.parse(text_format=Weather, **common)
     assert isinstance(answer.output_parsed, Weather)
     tool = {"type": "function", "name": "Weather", "strict": True, "parameters": Weather.model_json_schema()}
-    called = roomy.openai.responses.parse(
+    called = held.openai.responses.parse(
         tools=[tool], tool_choice="required", parallel_tool_calls=False, **common
     )
     assert Weather.model_validate_json(called.output[0].arguments)
@@ -317,7 +310,7 @@ def test_the_official_client_parses_answers_and_calls(roomy):
         ({"input": [{"type": "function_call", "call_id": "a", "name": "b"}]}, "input[0].arguments"),
     ],
 )
-def test_what_cannot_be_is_a_400_that_names_the_field(roomy, fields, param):
-    body = {"model": roomy.server.engine.model_name, "input": "hi", "tools": [WEATHER], **fields}
-    message = assert_error(roomy.server.http.post("/v1/responses", json=body), 400, param)
+def test_what_cannot_be_is_a_400_that_names_the_field(held, fields, param):
+    body = {"model": held.server.engine.model_name, "input": "hi", "tools": [WEATHER], **fields}
+    message = assert_error(held.server.http.post("/v1/responses", json=body), 400, param)
     assert "function." not in message and "response_format" not in message

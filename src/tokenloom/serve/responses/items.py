@@ -20,15 +20,15 @@ class InputPart(BaseModel):
     text: str
 
 
-def _kind_of_content(value: Any) -> str | None:
-    return "<text>" if isinstance(value, str) else "<parts>" if isinstance(value, list) else None
+def _text_or_list(value: Any) -> str | None:
+    return "<text>" if isinstance(value, str) else "<list>" if isinstance(value, list) else None
 
 
 InputContent = Annotated[
     Annotated[str, Tag("<text>")]
-    | Annotated[list[InputPart], StopAtFirst(), Field(min_length=1, max_length=MAX_MESSAGES), Tag("<parts>")],
+    | Annotated[list[InputPart], StopAtFirst(), Field(min_length=1, max_length=MAX_MESSAGES), Tag("<list>")],
     Discriminator(
-        _kind_of_content,
+        _text_or_list,
         custom_error_type="content_type",
         custom_error_message="must be a string or an array of text parts",
     ),
@@ -80,15 +80,11 @@ InputItem = Annotated[
 ]
 
 
-def _kind_of_input(value: Any) -> str | None:
-    return "<text>" if isinstance(value, str) else "<items>" if isinstance(value, list) else None
-
-
 Input = Annotated[
     Annotated[str, Tag("<text>")]
-    | Annotated[list[InputItem], StopAtFirst(), Field(min_length=1, max_length=MAX_MESSAGES), Tag("<items>")],
+    | Annotated[list[InputItem], StopAtFirst(), Field(min_length=1, max_length=MAX_MESSAGES), Tag("<list>")],
     Discriminator(
-        _kind_of_input,
+        _text_or_list,
         custom_error_type="input_type",
         custom_error_message="must be a string or an array of items",
     ),
