@@ -123,13 +123,18 @@ def operations(server: httpx.Client, model: str) -> list[Operation]:
     for path, body in (("/v1/fine_tuning/jobs", job), ("/v1/batches", batch)):
         server.post(path, json=body)
     stream = {"stream_options": {"stream": True}}
+    function = {"name": "a"}
     return [
         Operation(
             *("POST", "/v1/chat/completions"),
             fields_of(chat_params.CompletionCreateParamsNonStreaming),
             {"model": model, "messages": turns[:1], **few},
             ChatCompletion,
-            {**stream, "top_logprobs": {"logprobs": True}},
+            {
+                **stream,
+                "top_logprobs": {"logprobs": True},
+                "tool_choice": {"tools": [{"type": "function", "function": function}]},
+            },
         ),
         Operation(
             *("POST", "/v1/completions"),
@@ -149,7 +154,11 @@ def operations(server: httpx.Client, model: str) -> list[Operation]:
             fields_of(response_create_params.ResponseCreateParamsNonStreaming),
             {"model": model, "input": "hi", "max_output_tokens": 2},
             Response,
-            {**stream, "previous_response_id": {"previous_response_id": kept["id"]}},
+            {
+                **stream,
+                "previous_response_id": {"previous_response_id": kept["id"]},
+                "tool_choice": {"tools": [{"type": "function", **function}]},
+            },
         ),
         Operation(
             *("GET", items),

@@ -19,6 +19,7 @@ from sqlalchemy.schema import CreateTable
 from finetune_fakes import DATA, FakeRunner, trainable, wait_until
 from tokenloom.errors import RequestError
 from tokenloom.finetune import schema
+from tokenloom.finetune.database import Database
 from tokenloom.finetune.job_request import parse_job
 from tokenloom.finetune.service import JobService
 from tokenloom.finetune.store import Store
@@ -116,3 +117,15 @@ def test_a_whole_job_on_a_real_server(tmp_path: Path, postgres_url: str) -> None
     assert [job.status for job in store.jobs.list_jobs().data] == ["succeeded"]
     assert not (tmp_path / "jobs.sqlite").exists()
     store.close()
+
+
+def test_an_older_database_on_a_real_server_gains_the_columns_that_it_lacks(postgres_url: str) -> None:
+    Database(postgres_url).close()
+    engine = sa.create_engine(postgres_url)
+    with engine.begin() as connection:
+        connection.execute(sa.text("ALTER TABLE batches DROP COLUMN account"))
+    engine.dispose()
+    opened = Database(postgres_url)
+    with opened.read() as connection:
+        assert connection.execute(sa.select(schema.batches.c.account)).all() == []
+    opened.close()

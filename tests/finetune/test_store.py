@@ -21,6 +21,7 @@ from tokenloom.finetune.errors import NotFoundError, StorageFullError, StoreErro
 from tokenloom.finetune.file_store import clean_filename
 from tokenloom.finetune.job_request import parse_job
 from tokenloom.finetune.records import FileRecord
+from tokenloom.finetune.schema import batches
 from tokenloom.finetune.store import Store
 
 
@@ -69,6 +70,28 @@ def test_a_database_of_another_version_is_refused(tmp_path: Path) -> None:
     engine.dispose()
     with pytest.raises(StoreError, match="schema version 99"):
         Store(tmp_path)
+
+
+def test_an_older_database_gains_the_columns_that_it_lacks(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    kept = add(store)
+    store.close()
+    engine = sa.create_engine(f"sqlite:///{tmp_path / 'jobs.sqlite'}")
+    with engine.begin() as connection:
+        for table in ("files", "jobs", "batches"):
+            connection.execute(sa.text(f"ALTER TABLE {table} DROP COLUMN account"))
+        insert = sa.text(
+            "INSERT INTO batches (id, endpoint, input_file, status, created_at, expires_at, times, total, "
+            "completed, failed, tokens) VALUES ('batch_old', '', :file, 'failed', 0, 0, '{}', 0, 0, 0, '')"
+        )
+        connection.execute(insert, {"file": kept.id})
+    engine.dispose()
+    store = Store(tmp_path)
+    with store.database.read() as connection:
+        rows = connection.execute(sa.select(batches.c.id, batches.c.account)).all()
+    assert store.files.get(kept.id) == kept
+    store.close()
+    assert rows == [("batch_old", None)]
 
 
 def test_sqlite_runs_in_its_safe_modes(store: Store, tmp_path: Path) -> None:

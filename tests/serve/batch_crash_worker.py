@@ -9,11 +9,15 @@ import random
 from pathlib import Path
 from typing import Any
 
-from tokenloom.config import BatchSettings
+from tokenloom.config import BatchSettings, load_settings
 from tokenloom.finetune.store import Store
+from tokenloom.serve.batches.accounts import Accounts
+from tokenloom.serve.batches.asking import Asker
 from tokenloom.serve.batches.inner_app import Reply
 from tokenloom.serve.batches.runner import BatchRunner
 from tokenloom.serve.batches.store import BatchStore
+from tokenloom.serve.key_limits import Meter, Meters
+from tokenloom.serve.key_ring import KeyRing
 
 
 class NotedStore(BatchStore):
@@ -36,8 +40,8 @@ def work(home: str, notes: str, seed: int) -> None:
 
     source = random.Random(seed)
 
-    async def ask(endpoint: str, body: dict[str, Any]) -> Reply:
-        note(asked=body["name"])
+    async def ask(endpoint: str, body: dict[str, Any], meter: Meter | None) -> Reply:
+        note(asked=body["name"], account=meter.account.id if meter else None)
         await asyncio.sleep(source.uniform(0, 0.01))
         ok = body["name"][-1] != "7"
         return Reply(200 if ok else 400, "req_1", {"by": seed, "name": body["name"]})
@@ -46,7 +50,9 @@ def work(home: str, notes: str, seed: int) -> None:
         opened = Store(Path(home))
         store = NotedStore(opened.database, opened.files)
         store.note = note
-        runner = BatchRunner(store, ask, BatchSettings(max_concurrent=4), lambda: True)  # type: ignore[arg-type]
+        accounts = Accounts(KeyRing(load_settings({"server.api_keys": ["one", "two"]})), Meters())
+        asker = Asker(ask, accounts, lambda: True, 4)  # type: ignore[arg-type]
+        runner = BatchRunner(store, asker, BatchSettings(max_concurrent=4))
         runner.start()
         while store.oldest("validating", "in_progress", "finalizing", "cancelling") is not None:
             await asyncio.sleep(0.005)

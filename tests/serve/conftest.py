@@ -77,6 +77,20 @@ def real(tiny_folder: Path) -> Iterator[Running]:
     running.stop()
 
 
+@pytest.fixture(scope="session")
+def roomy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A random model with a context that holds tools told in words."""
+    from tokenloom.engine.async_engine import AsyncEngine
+    from tokenloom.engine.engine import Engine
+
+    folder, _ = build_tiny(tmp_path_factory.mktemp("roomy"), max_position_embeddings=4096)
+    flags = {"model__backend": "torch", "model__dtype": "float64", "cache__kv_bytes": 2**24}
+    chosen = settings(model__name=str(folder), server__served_model_name="tiny", **flags)
+    running = Running(AsyncEngine(Engine(chosen)))
+    yield running
+    running.stop()
+
+
 class Log:
     """The lines of this process since the fixture began."""
 

@@ -15,12 +15,15 @@ from fastapi import FastAPI
 from openai import OpenAI
 
 from finetune_fakes import FakeRunner, trainable, wait_until
+from running import settings
 from tokenloom.finetune.service import JobService
 from tokenloom.finetune.store import Store
 from tokenloom.serve.context import RequestContext
 from tokenloom.serve.errors import install_error_handlers
 from tokenloom.serve.files import files_router
 from tokenloom.serve.fine_tuning import fine_tuning_router
+from tokenloom.serve.key_ring import KeyRing
+from tokenloom.serve.security import KeyCheck
 
 
 @dataclass
@@ -33,7 +36,7 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(home: Path, **limits: Any) -> Iterator[Server]:
+def serving(home: Path, keys: KeyRing | None = None, **limits: Any) -> Iterator[Server]:
     store = Store(home, **limits)
     runner = FakeRunner()
     service = JobService(store, runner, trainable())
@@ -42,6 +45,7 @@ def serving(home: Path, **limits: Any) -> Iterator[Server]:
     install_error_handlers(app)
     app.include_router(files_router(service))
     app.include_router(fine_tuning_router(service))
+    app.add_middleware(KeyCheck, keys=keys or KeyRing(settings()))
     app.add_middleware(RequestContext, count=lambda method, route, status: None, done=lambda record: None)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))

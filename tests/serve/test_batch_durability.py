@@ -11,12 +11,14 @@ from pathlib import Path
 import batch_crash_worker
 
 import forks
+from tokenloom.finetune.principal import Principal
 from tokenloom.finetune.store import Store
 from tokenloom.serve.batches.protocol import CreateBatch
 from tokenloom.serve.batches.store import BatchStore
 
 LINES = 120
 LEAST_KILLS = 8
+OWNER = Principal("api-2", False)
 
 
 def test_kill_9_at_random_instants(tmp_path: Path) -> None:
@@ -54,9 +56,9 @@ def _create(home: Path) -> str:
                 "body": {"name": f"r{i}"},
             }
             blob.write(json.dumps(line).encode() + b"\n")
-        file = opened.files.add(blob, "input.jsonl", "batch")
+        file = opened.files.add(blob, "input.jsonl", "batch", who=OWNER)
     request = CreateBatch(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
-    batch = BatchStore(opened.database, opened.files).create(request)
+    batch = BatchStore(opened.database, opened.files).create(request, who=OWNER)
     opened.close()
     return batch.id
 
@@ -70,6 +72,7 @@ def _check_asked_once(notes: Path) -> None:
     kept: set[str] = set()
     for note in _read(notes):
         assert note.get("asked") not in kept
+        assert note.get("account", OWNER.account) == OWNER.account
         kept.add(note.get("kept", ""))
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import json
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
@@ -13,45 +11,14 @@ from typing import Any
 import openai
 import pytest
 
+from batch_site import CHAT, Site, chat, request
 from fake_engine import FakeEngine
 from running import Running, settings, wait_for
 from tokenloom.engine.async_engine import EngineBusyError
 from tokenloom.finetune.errors import StorageFullError
-from tokenloom.serve.batches.runner import PRIORITY
+from tokenloom.serve.batches.asking import PRIORITY
 from tokenloom.serve.batches.store import BatchStore
 from tokenloom.serve.jobs import open_jobs
-
-CHAT = "/v1/chat/completions"
-OVER = ("completed", "failed", "expired", "cancelled")
-
-
-class Site:
-    """A server with a client and the batches of a home folder."""
-
-    def __init__(self, server: Running) -> None:
-        self.server = server
-        self.engine = server.engine
-        self.client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-
-    def upload(self, lines: list[Any], purpose: str = "batch") -> str:
-        content = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
-        file = ("input.jsonl", io.BytesIO(content.encode()))
-        return self.client.files.create(file=file, purpose=purpose).id  # type: ignore[arg-type]
-
-    def start(self, lines: list[Any], endpoint: str = CHAT, **fields: Any) -> Any:
-        return self.client.batches.create(
-            input_file_id=self.upload(lines), endpoint=endpoint, completion_window="24h", **fields
-        )
-
-    def until_over(self, batch: Any) -> Any:
-        wait_for(lambda: self.client.batches.retrieve(batch.id).status in OVER)
-        return self.client.batches.retrieve(batch.id)
-
-    def run(self, lines: list[Any], endpoint: str = CHAT, **fields: Any) -> Any:
-        return self.until_over(self.start(lines, endpoint, **fields))
-
-    def read(self, file_id: str) -> list[Any]:
-        return [json.loads(line) for line in self.client.files.content(file_id).text.splitlines()]
 
 
 @pytest.fixture
@@ -86,16 +53,6 @@ def here(one_site) -> Site:
     """One server for all tests that need no other; its engine does nothing wrong yet."""
     one_site.engine.behave()
     return one_site
-
-
-def chat(custom_id: str, tokens: int = 3, **fields: Any) -> dict[str, Any]:
-    messages = [{"role": "user", "content": custom_id}]
-    body = {"model": "fake", "messages": messages, "max_completion_tokens": tokens, **fields}
-    return {"custom_id": custom_id, "method": "POST", "url": CHAT, "body": body}
-
-
-def request(url: str, **body: Any) -> dict[str, Any]:
-    return {"custom_id": "a", "method": "POST", "url": url, "body": {"model": "fake", **body}}
 
 
 def text_of(answer: dict[str, Any]) -> str:
@@ -267,7 +224,7 @@ def test_a_restart_goes_on_where_it_was(site):
 
 
 def test_a_full_disk_delays_answers_and_loses_none(here, monkeypatch):
-    monkeypatch.setattr("tokenloom.serve.batches.runner.RETRY_S", 0.01)
+    monkeypatch.setattr("tokenloom.serve.batches.background.RETRY_S", 0.01)
     record, failures = BatchStore.record, iter([True, True])
 
     def full_at_first(self: BatchStore, *args: Any) -> None:
@@ -281,7 +238,7 @@ def test_a_full_disk_delays_answers_and_loses_none(here, monkeypatch):
 
 
 def test_a_full_queue_delays_a_line(here, monkeypatch):
-    monkeypatch.setattr("tokenloom.serve.batches.runner.RETRY_S", 0.01)
+    monkeypatch.setattr("tokenloom.serve.batches.asking.RETRY_S", 0.01)
     here.engine.refuse = EngineBusyError("full")
     batch = here.start([chat("a")])
     wait_for(lambda: here.client.batches.retrieve(batch.id).status == "in_progress")

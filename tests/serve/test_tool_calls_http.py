@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jsonschema
@@ -13,9 +13,6 @@ from pydantic import BaseModel, Field
 
 from running import Running, assert_error, events, settings
 from scripted_engine import ScriptedEngine
-from tiny_models import build_tiny
-from tokenloom.engine.async_engine import AsyncEngine
-from tokenloom.engine.engine import Engine
 
 ARGUMENTS = {
     "type": "object",
@@ -46,17 +43,6 @@ PIECES = [
 def chat(server: Running, **fields: Any) -> Any:
     body = {"model": server.engine.model_name, "messages": MESSAGES, "tools": [WEATHER, TIME], **fields}
     return server.http.post("/v1/chat/completions", json={"max_tokens": 400, "seed": 3, **body})
-
-
-@pytest.fixture(scope="module")
-def roomy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A random model with a context that holds tools told in words."""
-    folder, _ = build_tiny(tmp_path_factory.mktemp("roomy"), max_position_embeddings=4096)
-    flags = {"model__backend": "torch", "model__dtype": "float64", "cache__kv_bytes": 2**24}
-    chosen = settings(model__name=str(folder), server__served_model_name="tiny", **flags)
-    running = Running(AsyncEngine(Engine(chosen)))
-    yield running
-    running.stop()
 
 
 @pytest.fixture

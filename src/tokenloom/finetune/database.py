@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import re
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy import URL, ColumnElement, Connection, Row, Table, event, select
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.schema import CreateColumn
 
 from tokenloom.errors import RequestError
 from tokenloom.finetune import schema
 from tokenloom.finetune.errors import StorageFullError, StoreError
+from tokenloom.finetune.principal import OPERATOR, Principal
 from tokenloom.finetune.records import Page
 
 BUSY_TIMEOUT_S = 30
@@ -26,7 +28,7 @@ class Database:
     """One engine with the tables in it. What `write()` has committed survives a crash."""
 
     def __init__(self, url: str | URL) -> None:
-        """Connect, and create the tables where there are none.
+        """Connect, and create the tables where there are none, and columns that older ones lack.
 
         Raises StoreError if the URL is not usable, or the tables are of another version.
         """
@@ -44,6 +46,7 @@ class Database:
             with self.write() as connection:
                 schema.metadata.create_all(connection)
                 self.store_id = _store_id(connection)
+                _add_new_columns(connection)
         except DBAPIError as error:
             self.engine.dispose()
             raise StoreError(f"database {parsed.render_as_string()}: {error.orig}") from error
@@ -97,7 +100,7 @@ def page(
     after: str | None,
     limit: int,
     newest_first: bool = True,
-    within: ColumnElement[bool] | None = None,
+    within: Sequence[ColumnElement[bool]] = (),
 ) -> Page[T]:
     """Up to `limit` rows that follow the row with id `after`.
 
@@ -109,19 +112,20 @@ def page(
     """
     seq = table.c.seq
     if after is not None:
-        own = [table.c.id == after] + ([] if within is None else [within])
+        own = [table.c.id == after, *within]
         start = connection.execute(select(seq).where(*own)).scalar_one_or_none() if is_id(after) else None
         if start is None:
             raise RequestError(f"after: nothing in this list has the id {after[:128]!r}", param="after")
         where = [*where, seq < start if newest_first else seq > start]
-    if within is not None:
-        where = [*where, within]
+    where = [*where, *within]
     order = seq.desc() if newest_first else seq.asc()
     found = connection.execute(select(table).where(*where).order_by(order).limit(limit + 1)).all()
     return Page([record(row) for row in found[:limit]], len(found) > limit)
 
 
-def claim_key(connection: Connection, scope: str, key: str | None, body_sha256: str, new: str) -> str:
+def claim_key(
+    connection: Connection, scope: str, key: str | None, body_sha256: str, new: str, who: Principal = OPERATOR
+) -> str:
     """Bind an idempotency key to the object about to be created.
 
     Returns the id of the object that the key stands for: `new`, or that of an earlier, equal request.
@@ -135,6 +139,7 @@ def claim_key(connection: Connection, scope: str, key: str | None, body_sha256: 
             "Idempotency-Key: must be 1 to 255 printable characters", code="invalid_idempotency_key"
         )
     keys = schema.idempotency_keys
+    key = who.own_key(key)
     own = select(keys).where(keys.c.scope == scope, keys.c.key == key)
     known = connection.execute(own).one_or_none()
     if known is None:
@@ -160,6 +165,18 @@ def _set_up_sqlite(connection: Any, _: Any) -> None:
 def _begin_sqlite(connection: Connection) -> None:
     # A writer that began as a reader could not wait its turn: its snapshot would be out of date.
     connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.info.get("writes") else "BEGIN")
+
+
+def _add_new_columns(connection: Connection) -> None:
+    inspector, dialect = sa.inspect(connection), connection.dialect
+    # Two processes may open an older PostgreSQL database at the same time; of SQLite there is one writer.
+    guard = "IF NOT EXISTS " if dialect.name == "postgresql" else ""
+    for table in schema.metadata.sorted_tables:
+        known = {column["name"] for column in inspector.get_columns(table.name)}
+        for column in table.columns:
+            if column.name not in known:
+                kind = CreateColumn(column).compile(dialect=dialect)
+                connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {guard}{kind}")
 
 
 def _store_id(connection: Connection) -> str:

@@ -18,6 +18,7 @@ from tokenloom.errors import RequestError
 from tokenloom.finetune.blobs import Blob, Quota, remove_orphans
 from tokenloom.finetune.database import Database, claim_key, is_id, page
 from tokenloom.finetune.errors import NotFoundError, StorageFullError
+from tokenloom.finetune.principal import OPERATOR, Principal
 from tokenloom.finetune.records import LIVE, FileRecord, Page
 from tokenloom.finetune.schema import LIVE_BATCHES, batches, files, jobs
 
@@ -63,6 +64,7 @@ class FileStore:
         purpose: str,
         expires_after_s: int | None = None,
         idempotency_key: str | None = None,
+        who: Principal = OPERATOR,
     ) -> FileRecord:
         """Make a written blob a file; durable when this returns.
 
@@ -74,9 +76,13 @@ class FileStore:
         body_sha256 = hashlib.sha256(body.encode()).hexdigest()
         blob.seal()
         try:
-            file_id = self._commit(blob, filename, purpose, expires_after_s, idempotency_key, body_sha256)
+            file_id = self._commit(
+                blob, filename, purpose, expires_after_s, idempotency_key, body_sha256, who
+            )
         except IntegrityError:  # another process claimed the key between our look and our insert
-            file_id = self._commit(blob, filename, purpose, expires_after_s, idempotency_key, body_sha256)
+            file_id = self._commit(
+                blob, filename, purpose, expires_after_s, idempotency_key, body_sha256, who
+            )
         if file_id == blob.id:
             blob.keep()
         return self.get(file_id)
@@ -89,13 +95,14 @@ class FileStore:
         expires_after_s: int | None,
         key: str | None,
         body_sha256: str,
+        who: Principal,
     ) -> str:
         with self._database.write() as connection:
-            file_id = claim_key(connection, "files", key, body_sha256, blob.id)
+            file_id = claim_key(connection, "files", key, body_sha256, blob.id, who)
             if file_id == blob.id:
                 if self._quota_bytes and self._used(connection) + blob.size_bytes > self._quota_bytes:
                     raise StorageFullError("the quota for files is used up; delete some files first")
-                self.insert(connection, blob, filename, purpose, expires_after_s)
+                self.insert(connection, blob, filename, purpose, expires_after_s, who.account)
         return file_id
 
     def insert(
@@ -105,12 +112,14 @@ class FileStore:
         filename: str,
         purpose: str,
         expires_after_s: int | None = None,
+        account: str | None = None,
     ) -> None:
-        """Add the row of a sealed blob within the caller's transaction."""
+        """Add the row of a sealed blob, a file of `account`, within the caller's transaction."""
         now = int(time.time())
         connection.execute(
             files.insert().values(
                 id=blob.id,
+                account=account,
                 filename=filename,
                 purpose=purpose,
                 bytes=blob.size_bytes,
@@ -120,16 +129,17 @@ class FileStore:
             )
         )
 
-    def get(self, file_id: str, param: str | None = None) -> FileRecord:
-        """Raises NotFoundError if the file does not exist, was deleted or has expired."""
+    def get(self, file_id: str, param: str | None = None, who: Principal = OPERATOR) -> FileRecord:
+        """Raises NotFoundError if the file does not exist for `who`, was deleted or has expired."""
         with self._database.read() as connection:
-            return self.get_in(connection, file_id, param)
+            return self.get_in(connection, file_id, param, who)
 
     def get_in(
         self,
         connection: Connection,
         file_id: str,
         param: str | None = None,
+        who: Principal = OPERATOR,
         *,
         lock: bool = False,
         even_expired: bool = False,
@@ -140,7 +150,7 @@ class FileStore:
             even_expired: for whoever keeps the file from being removed.
         """
         alive = [files.c.deleted_at.is_(None)] if even_expired else _alive()
-        query = select(files).where(files.c.id == file_id, *alive)
+        query = select(files).where(files.c.id == file_id, *alive, *who.only(files.c.account))
         query = query.with_for_update() if lock else query
         row = connection.execute(query).one_or_none() if is_id(file_id) else None
         if row is None:
@@ -148,22 +158,35 @@ class FileStore:
         return self._record(row)
 
     def list_files(
-        self, *, after: str | None, limit: int, newest_first: bool = True, purpose: str | None = None
+        self,
+        *,
+        after: str | None,
+        limit: int,
+        newest_first: bool = True,
+        purpose: str | None = None,
+        who: Principal = OPERATOR,
     ) -> Page[FileRecord]:
-        """One page of files. Raises RequestError if `after` is unknown."""
+        """One page of the files that `who` may see. Raises RequestError if `after` is unknown."""
         where = _alive() + ([] if purpose is None else [files.c.purpose == purpose])
         with self._database.read() as connection:
             return page(
-                connection, files, where, self._record, after=after, limit=limit, newest_first=newest_first
+                connection,
+                files,
+                where,
+                self._record,
+                after=after,
+                limit=limit,
+                newest_first=newest_first,
+                within=who.only(files.c.account),
             )
 
-    def delete(self, file_id: str) -> None:
+    def delete(self, file_id: str, who: Principal = OPERATOR) -> None:
         """Delete a file.
 
         Raises NotFoundError, or RequestError naming the job that still needs it.
         """
         with self._database.write() as connection:
-            record = self.get_in(connection, file_id, lock=True)
+            record = self.get_in(connection, file_id, who=who, lock=True)
             user = _live_user(connection, file_id)
             if user is not None:
                 raise RequestError(

@@ -12,6 +12,7 @@ from sqlalchemy import Connection, Row, delete, insert, select, update
 
 from tokenloom.finetune.database import Database, is_id, new_id, page
 from tokenloom.finetune.errors import NotFoundError
+from tokenloom.finetune.principal import OPERATOR, Principal
 from tokenloom.finetune.records import CheckpointRecord, EventRecord, Level, Page, TunedModel
 from tokenloom.finetune.schema import checkpoints, events, jobs
 from tokenloom.logs import fields
@@ -86,14 +87,14 @@ class JobLog:
         with self._database.read() as connection:
             job_row(connection, job_id)
             own = events.c.job_id == job_id
-            return page(connection, events, [], _event, after=after, limit=limit, within=own)
+            return page(connection, events, [], _event, after=after, limit=limit, within=[own])
 
     def list_checkpoints(self, job_id: str, *, after: str | None, limit: int) -> Page[CheckpointRecord]:
         """One page of checkpoints, newest first. Raises as `list_events`."""
         with self._database.read() as connection:
             job_row(connection, job_id)
             own = checkpoints.c.job_id == job_id
-            return page(connection, checkpoints, [], self._checkpoint, after=after, limit=limit, within=own)
+            return page(connection, checkpoints, [], self._checkpoint, after=after, limit=limit, within=[own])
 
     def models(self) -> list[TunedModel]:
         """All adapters of finished jobs, and all checkpoints, oldest first."""
@@ -115,9 +116,11 @@ class JobLog:
         )
 
 
-def job_row(connection: Connection, job_id: str, *, lock: bool = False) -> Row[Any]:
+def job_row(
+    connection: Connection, job_id: str, *, lock: bool = False, who: Principal = OPERATOR
+) -> Row[Any]:
     """A job's row; `lock` keeps it as it is until the transaction ends. Raises NotFoundError."""
-    query = select(jobs).where(jobs.c.id == job_id)
+    query = select(jobs).where(jobs.c.id == job_id, *who.only(jobs.c.account))
     query = query.with_for_update() if lock else query
     row = connection.execute(query).one_or_none() if is_id(job_id) else None
     if row is None:

@@ -21,6 +21,7 @@ from tokenloom.finetune.file_store import RESULTS_PURPOSE, FileStore
 from tokenloom.finetune.hyperparameters import Hyperparameters, JobOptions
 from tokenloom.finetune.job_log import add_event, job_row, storable, stored_path
 from tokenloom.finetune.job_request import MAX_SEED, CreateJob
+from tokenloom.finetune.principal import OPERATOR, Principal
 from tokenloom.finetune.records import SOURCES, TERMINAL, JobError, JobRecord, Level, Page, Status
 from tokenloom.finetune.schema import job_metadata, jobs
 
@@ -33,34 +34,44 @@ class JobStore:
         self._files = files
         self._home = home
 
-    def create(self, request: CreateJob, idempotency_key: str | None = None) -> JobRecord:
+    def create(
+        self, request: CreateJob, idempotency_key: str | None = None, who: Principal = OPERATOR
+    ) -> JobRecord:
         """Create a job in validating_files; durable when this returns.
 
-        Raises RequestError: a file is unknown or not for fine-tuning, two places of the request disagree, or
-        the key came with another request before.
+        Raises RequestError: a file is unknown to `who` or not for fine-tuning, two places of the request
+        disagree, or the key came with another request before.
         """
         options = request.options().model_dump(mode="json", exclude_unset=True)
         body = json.dumps(request.model_dump(mode="json", exclude_unset=True), sort_keys=True)
         body_sha256 = hashlib.sha256(body.encode()).hexdigest()
         try:
-            job_id = self._insert(request, options, idempotency_key, body_sha256)
+            job_id = self._insert(request, options, idempotency_key, body_sha256, who)
         except IntegrityError:  # another process claimed the key between our look and our insert
-            job_id = self._insert(request, options, idempotency_key, body_sha256)
+            job_id = self._insert(request, options, idempotency_key, body_sha256, who)
         return self.get(job_id)
 
-    def _insert(self, request: CreateJob, options: dict[str, Any], key: str | None, body_sha256: str) -> str:
+    def _insert(
+        self,
+        request: CreateJob,
+        options: dict[str, Any],
+        key: str | None,
+        body_sha256: str,
+        who: Principal,
+    ) -> str:
         with self._database.write() as connection:
             new = new_id("ftjob-")
-            job_id = claim_key(connection, "jobs", key, body_sha256, new)
+            job_id = claim_key(connection, "jobs", key, body_sha256, new, who)
             if job_id != new:
                 return job_id
             for param in ("training_file", "validation_file"):
                 file_id = getattr(request, param)
                 if file_id is not None:
-                    self._check_file(connection, file_id, param)
+                    self._check_file(connection, file_id, param, who)
             connection.execute(
                 insert(jobs).values(
                     id=new,
+                    account=who.account,
                     name=f"ft:{request.model}:{request.suffix or ''}:{secrets.token_hex(6)}",
                     model=request.model,
                     suffix=request.suffix,
@@ -78,9 +89,9 @@ class JobStore:
             add_event(connection, new, f"Created fine-tuning job {new}")
         return new
 
-    def _check_file(self, connection: Connection, file_id: str, param: str) -> None:
+    def _check_file(self, connection: Connection, file_id: str, param: str, who: Principal) -> None:
         try:
-            record = self._files.get_in(connection, file_id, param, lock=True)
+            record = self._files.get_in(connection, file_id, param, who, lock=True)
         except NotFoundError as error:
             raise RequestError(f"{param}: {error}", param=param, code="file_not_found") from None
         if record.purpose != "fine-tune":
@@ -90,10 +101,10 @@ class JobStore:
                 code="wrong_purpose",
             )
 
-    def get(self, job_id: str) -> JobRecord:
-        """Raises NotFoundError."""
+    def get(self, job_id: str, who: Principal = OPERATOR) -> JobRecord:
+        """Raises NotFoundError, also for a job that `who` may not see."""
         with self._database.read() as connection:
-            return self._records(connection, [job_row(connection, job_id)])[0]
+            return self._records(connection, [job_row(connection, job_id, who=who)])[0]
 
     def list_jobs(
         self,
@@ -102,8 +113,9 @@ class JobStore:
         limit: int = 20,
         metadata: dict[str, str] | None = None,
         no_metadata: bool = False,
+        who: Principal = OPERATOR,
     ) -> Page[JobRecord]:
-        """One page of jobs, newest first.
+        """One page of the jobs that `who` may see, newest first.
 
         Args:
             metadata: pairs that the jobs must carry.
@@ -120,7 +132,8 @@ class JobStore:
         if no_metadata:
             where.append(~select(pairs.key).where(own).exists())
         with self._database.read() as connection:
-            rows = page(connection, jobs, where, lambda row: row, after=after, limit=limit)
+            mine = who.only(jobs.c.account)
+            rows = page(connection, jobs, where, lambda row: row, after=after, limit=limit, within=mine)
             return Page(self._records(connection, rows.data), rows.has_more)
 
     def oldest(
@@ -191,15 +204,16 @@ class JobStore:
         )
 
     def succeed(self, job_id: str, adapter: Path | None, trained_tokens: int, results: Blob) -> JobRecord:
-        """Publish the model (if there is one) and the file of results with the last change of state, all or
-        nothing.
+        """Publish the model (if there is one) and the file of results, which is of the same account, with the
+        last change of state, all or nothing.
 
         Raises IllegalTransitionError if the job is over already.
         """
         results.seal()
         with self._database.write() as connection:
-            name = job_row(connection, job_id).name
-            self._files.insert(connection, results, "step_metrics.csv", RESULTS_PURPOSE)
+            job = job_row(connection, job_id)
+            name = job.name
+            self._files.insert(connection, results, "step_metrics.csv", RESULTS_PURPOSE, account=job.account)
             values: dict[str, Any] = {"trained_tokens": trained_tokens, "result_file": results.id}
             if adapter is not None:
                 add_event(connection, job_id, f"New fine-tuned model created: {name}")

@@ -1,6 +1,9 @@
 """Tables of files, jobs and batches, in SQL that SQLite and PostgreSQL both speak.
 
 Rows are listed in the order of `seq`, because many can be created within one second.
+
+A column that may be null can be added at any time: `Database` adds it to tables that were made without it,
+and programs that do not know it leave it null. Any other change is another `SCHEMA_VERSION`.
 """
 
 from __future__ import annotations
@@ -33,6 +36,11 @@ def _seq() -> Column[int]:
 
 def _id() -> Column[str]:
     return Column("id", String(64), nullable=False, unique=True)
+
+
+def _account() -> Column[str]:
+    # Whose key made it; null where no key was asked for.
+    return Column("account", String(64))
 
 
 def _job() -> Column[str]:
@@ -70,6 +78,7 @@ files = Table(
     metadata,
     _seq(),
     _id(),
+    _account(),
     Column("filename", Text, nullable=False),
     Column("purpose", String(32), nullable=False),
     Column("bytes", BigInteger, nullable=False),
@@ -86,6 +95,7 @@ jobs = Table(
     metadata,
     _seq(),
     _id(),
+    _account(),
     Column("name", Text, nullable=False, unique=True),
     Column("model", Text, nullable=False),
     Column("suffix", String(64)),
@@ -152,6 +162,7 @@ batches = Table(
     metadata,
     _seq(),
     _id(),
+    _account(),
     Column("endpoint", String(32), nullable=False),
     Column("input_file", String(64), ForeignKey("files.id"), nullable=False),
     Column("status", String(16), nullable=False, index=True),

@@ -16,6 +16,7 @@ from tokenloom.finetune.data import validate
 from tokenloom.finetune.errors import IllegalTransitionError, NotFoundError
 from tokenloom.finetune.hyperparameters import resolve_hyperparameters
 from tokenloom.finetune.job_request import CreateJob
+from tokenloom.finetune.principal import OPERATOR, Principal
 from tokenloom.finetune.records import TERMINAL, FileRecord, JobError, JobRecord, TunedModel
 from tokenloom.finetune.reporter import JobReporter, remove_adapter
 from tokenloom.finetune.store import Store
@@ -102,8 +103,10 @@ class JobService:
                 blob.write(chunk)
             return self.files.add(blob, filename, purpose, **options)
 
-    def create_job(self, request: CreateJob, idempotency_key: str | None = None) -> JobRecord:
-        """Take a new job. The same key with the same request returns the job that was created first.
+    def create_job(
+        self, request: CreateJob, idempotency_key: str | None = None, who: Principal = OPERATOR
+    ) -> JobRecord:
+        """Take a new job of `who`. The same key with the same request returns the job that was created first.
 
         Raises RequestError naming the field at fault.
         """
@@ -118,7 +121,7 @@ class JobService:
             raise RequestError(
                 "early_stopping_patience: needs a validation_file", param="early_stopping_patience"
             )
-        job = self.store.jobs.create(request, idempotency_key)
+        job = self.store.jobs.create(request, idempotency_key, who)
         self._wake()
         return job
 
@@ -151,15 +154,16 @@ class JobService:
         """Everything that can be served: adapters of finished jobs, and checkpoints."""
         return [model for model in self.store.log.models() if model.adapter_path.is_dir()]
 
-    def delete_model(self, name: str) -> TunedModel:
+    def delete_model(self, name: str, who: Principal = OPERATOR) -> TunedModel:
         """Delete a tuned model or a checkpoint with its adapter; whoever serves it unloads it first.
 
-        Raises NotFoundError, or RequestError for a checkpoint that its job may still need.
+        Raises NotFoundError, also where `who` may not see its job, or RequestError for a checkpoint that its
+        job may still need.
         """
         model = next((model for model in self.models() if model.name == name), None)
         if model is None:
             raise NotFoundError("fine-tuned model", name, "model")
-        job = self.store.jobs.get(model.job_id)
+        job = self.store.jobs.get(model.job_id, who)
         if model.step is None:
             self.store.log.forget_adapter(job.id)
         elif job.status in TERMINAL:

@@ -79,7 +79,11 @@ def create_app(
         embeddings_router(engine, models),
         responses_router(engine, models),
     )
-    batches = open_batches(engine, jobs.service.store, answering) if jobs and jobs.service else None
+    keys, meters = keys or KeyRing(settings), Meters()
+    metrics.registry.register(meters)
+    batches = None
+    if jobs is not None and jobs.service is not None:
+        batches = open_batches(engine, jobs.service.store, answering, keys, meters)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -128,16 +132,14 @@ def create_app(
         *routers,
     ):
         app.include_router(router)
-    _add_checks(app, settings, metrics, keys or KeyRing(settings))
+    _add_checks(app, settings, keys, meters)
     log = RequestLog(settings.logging, engine.tokenizer)
     app.add_middleware(RequestContext, count=metrics.count_answer, done=log, tracing=tracing)
     return app
 
 
-def _add_checks(app: FastAPI, settings: Settings, metrics: Metrics, keys: KeyRing) -> None:
+def _add_checks(app: FastAPI, settings: Settings, keys: KeyRing, meters: Meters) -> None:
     """From the inside out: the one added last sees a request first."""
-    meters = Meters()
-    metrics.registry.register(meters)
     app.add_middleware(BodyLimit, settings=settings)
     app.add_middleware(ConcurrencyLimit, settings=settings)
     app.add_middleware(KeyLimits, meters=meters)

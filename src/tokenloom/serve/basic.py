@@ -34,6 +34,7 @@ from tokenloom.serve.protocol import (
     Version,
 )
 from tokenloom.serve.request_record import engine_id
+from tokenloom.serve.store_route import Who
 from tokenloom.version import __version__
 
 
@@ -55,9 +56,9 @@ def models_router(models: Models) -> APIRouter:
         return card
 
     @router.delete("/models/{model_id:path}")
-    async def delete_model(model_id: str) -> ModelDeleted:
+    async def delete_model(model_id: str, who: Who) -> ModelDeleted:
         """Delete a fine-tuned model, or a checkpoint of a job that is over."""
-        await models.delete(model_id)
+        await models.delete(model_id, who)
         return ModelDeleted(id=model_id)
 
     return router

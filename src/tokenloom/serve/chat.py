@@ -56,7 +56,7 @@ def chat_router(engine: AsyncEngine, models: Models) -> APIRouter:
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation. With `stream` the answer comes as server-sent events."""
         adapter = await models.resolve(body.model)
-        use = _tool_use(body, engine)
+        use = used_tools(body, engine)
         tools = use.offered if use else None
         prompt = await render(engine, body.messages, tools, body.add_generation_prompt)
         params = sampling_params(
@@ -66,7 +66,7 @@ def chat_router(engine: AsyncEngine, models: Models) -> APIRouter:
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             prompt_logprobs=body.prompt_logprobs,
         )
-        params = await _structured_params(engine, body, use, params)
+        params = await held_params(engine, body, use, params)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
         with prompt_is("messages"):
             upto = await _context(engine, body, tools, prompt)
@@ -82,15 +82,16 @@ def chat_router(engine: AsyncEngine, models: Models) -> APIRouter:
     return router
 
 
-def _tool_use(body: ChatRequest, engine: AsyncEngine) -> ToolUse | None:
+def used_tools(body: ChatRequest, engine: AsyncEngine) -> ToolUse | None:
+    """What a body with tools wants of its answer; None where no tool is to be used. Raises RequestError."""
     form = engine.settings.server.tool_format
     return tool_use(body.tools, body.tool_choice, body.parallel_tool_calls, engine.tokenizer, form)
 
 
-async def _structured_params(
+async def held_params(
     engine: AsyncEngine, body: ChatRequest, use: ToolUse | None, params: SamplingParams
 ) -> SamplingParams:
-    """`params` that hold the answer to what the body wants it to look like."""
+    """`params` that hold the answer to what the body wants it to look like. Raises RequestError."""
     if use is None:
         return await structured_params(engine, params, body)
     if use.tag_is_special:

@@ -13,12 +13,13 @@ from tokenloom.errors import TokenloomError
 from tokenloom.finetune.blobs import Blob
 from tokenloom.finetune.errors import NotFoundError
 from tokenloom.finetune.file_store import UPLOAD_PURPOSES
+from tokenloom.finetune.principal import Principal
 from tokenloom.finetune.records import FileRecord
 from tokenloom.finetune.service import JobService
 from tokenloom.serve.errors import ERROR_RESPONSES, ApiError
 from tokenloom.serve.jobs_protocol import FileDeleted, FileList, FileObject, file_object
 from tokenloom.serve.multipart import Form, discard, read_form
-from tokenloom.serve.store_route import IdempotencyKey, StoreRoute
+from tokenloom.serve.store_route import IdempotencyKey, StoreRoute, Who
 
 # FastAPI would collect the form before the route runs, so its shape is declared by hand.
 _FORM = {
@@ -43,13 +44,13 @@ def files_router(service: JobService) -> APIRouter:
     files = service.files
 
     @router.post("/files", openapi_extra=_UPLOAD)
-    async def create_file(request: Request, idempotency_key: IdempotencyKey = None) -> FileObject:
+    async def create_file(request: Request, who: Who, idempotency_key: IdempotencyKey = None) -> FileObject:
         """Upload a file; it is on disk, whole, when the answer comes."""
         body = request.stream()
         blob = await asyncio.to_thread(files.begin)
         try:
             form = await read_form(request.headers.get("content-type", ""), body, "file", blob.write)
-            record = await asyncio.to_thread(_add, blob, form, idempotency_key)
+            record = await asyncio.to_thread(_add, blob, form, idempotency_key, who)
         except (ApiError, TokenloomError):
             await discard(body, files.max_file_bytes)
             raise
@@ -57,35 +58,39 @@ def files_router(service: JobService) -> APIRouter:
             await asyncio.to_thread(blob.discard)
         return file_object(record)
 
-    def _add(blob: Blob, form: Form, key: str | None) -> FileRecord:
+    def _add(blob: Blob, form: Form, key: str | None, who: Principal) -> FileRecord:
         if form.filename is None:
             raise ApiError(400, "file: is required", param="file")
         if "purpose" not in form.fields:
             raise ApiError(400, "purpose: is required", param="purpose")
-        return files.add(blob, form.filename, form.fields["purpose"], _expiry(form.fields), key)
+        return files.add(blob, form.filename, form.fields["purpose"], _expiry(form.fields), key, who)
 
     @router.get("/files")
     def list_files(
+        who: Who,
         after: str | None = None,
         limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
         order: Literal["asc", "desc"] = "desc",
         purpose: str | None = None,
     ) -> FileList:
         """Files by time of creation."""
-        found = files.list_files(after=after, limit=limit, newest_first=order == "desc", purpose=purpose)
+        newest_first = order == "desc"
+        found = files.list_files(
+            after=after, limit=limit, newest_first=newest_first, purpose=purpose, who=who
+        )
         data = [file_object(record) for record in found.data]
         first, last = (data[0].id, data[-1].id) if data else (None, None)
         return FileList(data=data, first_id=first, last_id=last, has_more=found.has_more)
 
     @router.get("/files/{file_id}")
-    def get_file(file_id: str) -> FileObject:
+    def get_file(file_id: str, who: Who) -> FileObject:
         """One file's description."""
-        return file_object(files.get(file_id))
+        return file_object(files.get(file_id, who=who))
 
     @router.get("/files/{file_id}/content", response_class=FileResponse, responses=_BYTES)
-    def get_content(file_id: str) -> FileResponse:
+    def get_content(file_id: str, who: Who) -> FileResponse:
         """The bytes of a file, as they were uploaded."""
-        record = files.get(file_id)
+        record = files.get(file_id, who=who)
         if not record.path.is_file():
             raise NotFoundError("file", file_id)
         return FileResponse(
@@ -96,9 +101,9 @@ def files_router(service: JobService) -> APIRouter:
         )
 
     @router.delete("/files/{file_id}")
-    def delete_file(file_id: str) -> FileDeleted:
+    def delete_file(file_id: str, who: Who) -> FileDeleted:
         """Delete a file, unless a job that is not over needs it."""
-        files.delete(file_id)
+        files.delete(file_id, who)
         return FileDeleted(id=file_id)
 
     return router

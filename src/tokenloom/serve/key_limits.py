@@ -7,6 +7,7 @@ is refilled. An answer that has begun is never cut. A server process counts for 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -69,6 +70,11 @@ class Meter:
         most = self.account.max_concurrent
         if most and self.at_work >= most:
             self._refuse("concurrent", f"{most} requests of this key are at work, which is its limit", 1)
+        self.admit_line()
+
+    def admit_line(self) -> None:
+        """The same for a line of a batch. It is not one of the requests that are at work at the same time:
+        lines stand behind all requests, and would keep the key's own out for as long as a batch takes."""
         if self.requests is not None:
             if self.requests.level() < 1:
                 wait = self.requests.seconds_until(1)
@@ -86,6 +92,10 @@ class Meter:
     def spend(self, tokens: int) -> None:
         """Count generated tokens."""
         self._spend("completion", tokens)
+
+    def wait_s(self) -> float:
+        """Seconds until the rates allow one more request; 0 if they do now."""
+        return max(bucket.seconds_until(1) if bucket else 0.0 for bucket in (self.requests, self.tokens))
 
     def headers(self) -> Iterator[tuple[str, str]]:
         """RATE_HEADERS: what a minute allows, what is left of it, and when all of it will be there again."""
@@ -116,6 +126,16 @@ _current: ContextVar[Meter | None] = ContextVar("tokenloom_meter", default=None)
 def current_meter() -> Meter | None:
     """The meter of the request at hand; None where no key came with it."""
     return _current.get()
+
+
+@contextlib.contextmanager
+def metered(meter: Meter) -> Iterator[None]:
+    """Make it the meter of the request at hand."""
+    token = _current.set(meter)
+    try:
+        yield
+    finally:
+        _current.reset(token)
 
 
 def own_salt(cache_salt: str | None) -> str | None:
@@ -178,13 +198,12 @@ class KeyLimits:
             meter.admit()
         except ApiError as error:
             return await refuse(error, scope, receive, send_with_limits)
-        token = _current.set(meter)
         meter.at_work += 1
         try:
-            await self.app(scope, receive, send_with_limits)
+            with metered(meter):
+                await self.app(scope, receive, send_with_limits)
         finally:
             meter.at_work -= 1
-            _current.reset(token)
 
 
 def _duration(seconds: float) -> str:

@@ -106,6 +106,12 @@ class KeyRing:
             account = owner if stored.fits(parsed[1]) else None
         return account
 
+    def account(self, account_id: str) -> Account | None:
+        """The account with that id; None once its key is not valid any more."""
+        if account_id in self._stored:
+            return self._stored[account_id][1]
+        return next((found for found in self._configured.values() if found.id == account_id), None)
+
     def close(self) -> None:
         self._thread.shutdown()
         if self._store is not None:

@@ -11,6 +11,7 @@ from tokenloom.engine.adapters import LoadedAdapter
 from tokenloom.engine.async_engine import AsyncEngine
 from tokenloom.errors import RequestError
 from tokenloom.finetune.errors import NotFoundError
+from tokenloom.finetune.principal import Principal
 from tokenloom.finetune.records import TunedModel
 from tokenloom.finetune.service import JobService
 from tokenloom.models.adapters import AdapterError, load_adapter
@@ -135,11 +136,11 @@ class Models:
             for name, created, root, parent in named
         ]
 
-    async def delete(self, name: str) -> None:
+    async def delete(self, name: str, who: Principal) -> None:
         """Delete a fine-tuned model or a checkpoint for good; requests that run end with it.
 
         Raises:
-            ModelNotFoundError: there is none of that name.
+            ModelNotFoundError: there is none of that name, or it is of a job that `who` may not see.
             RequestError: it is the base model, an adapter of the operator, or its job still needs it.
         """
         if name == self.engine.model_name:
@@ -152,7 +153,7 @@ class Models:
                 param="model",
             )
         try:
-            await asyncio.to_thread(self.service.delete_model, name)
+            await asyncio.to_thread(self.service.delete_model, name, who)
         except NotFoundError:
             raise ModelNotFoundError(name) from None
         # It cannot be looked up any more; what still loads must not stay.

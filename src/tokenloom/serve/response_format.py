@@ -39,7 +39,7 @@ class JSONSchemaFormat(BaseModel):
     json_schema: JSONSchema
 
 
-def _kind_of_format(value: Any) -> str | None:
+def kind_of_format(value: Any) -> str | None:
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
     return f"<{kind}>" if isinstance(kind, str) else None
 
@@ -50,7 +50,7 @@ ResponseFormat = Annotated[
     | Annotated[JSONObjectFormat, Tag("<json_object>")]
     | Annotated[JSONSchemaFormat, Tag("<json_schema>")],
     Discriminator(
-        _kind_of_format,
+        kind_of_format,
         custom_error_type="response_format",
         custom_error_message="must be an object whose type is text, json_object or json_schema",
     ),

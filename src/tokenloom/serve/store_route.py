@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
 
-from fastapi import Header, Request, Response
+from fastapi import Depends, Header, Request, Response
 
 from tokenloom.finetune.errors import FileTooLargeError, NotFoundError, StorageFullError
+from tokenloom.finetune.principal import OPERATOR, Principal
 from tokenloom.serve.errors import ApiError
 from tokenloom.serve.json_body import JSONRoute
+from tokenloom.serve.key_ring import Account
 
 IdempotencyKey = Annotated[
     str | None,
@@ -18,6 +20,15 @@ IdempotencyKey = Annotated[
         description="The same key with the same request returns what was created first; a retry is safe.",
     ),
 ]
+
+
+async def principal_of(request: Request) -> Principal:
+    """Who a request is from. Admin keys see everything, and so does everybody where no key is asked for."""
+    account: Account | None = request.state.account
+    return OPERATOR if account is None else Principal(account.id, account.admin)
+
+
+Who = Annotated[Principal, Depends(principal_of)]
 
 
 class StoreRoute(JSONRoute):

@@ -53,6 +53,7 @@ class BatchRecord:
     """A batch. Times are Unix seconds.
 
     Attributes:
+        account: whose key made it; None where no key was asked for.
         times: when it came into each of its states, by status.
         errors: why the input file was refused.
         model: the model that all lines name; None if they name several, or before validation.
@@ -60,6 +61,7 @@ class BatchRecord:
     """
 
     id: str
+    account: str | None
     endpoint: Endpoint
     input_file_id: str
     status: Status

@@ -20,6 +20,7 @@ from tokenloom.finetune.blobs import Blob
 from tokenloom.finetune.database import Database, claim_key, is_id, new_id, page
 from tokenloom.finetune.errors import NotFoundError
 from tokenloom.finetune.file_store import FileStore
+from tokenloom.finetune.principal import OPERATOR, Principal
 from tokenloom.finetune.records import FileRecord, Page
 from tokenloom.finetune.schema import batch_lines, batches
 from tokenloom.serve.batches.protocol import WINDOW_S, CreateBatch
@@ -51,29 +52,32 @@ class BatchStore:
         self._database = database
         self.files = files
 
-    def create(self, request: CreateBatch, idempotency_key: str | None = None) -> BatchRecord:
-        """Create a batch in validating; durable when this returns.
+    def create(
+        self, request: CreateBatch, idempotency_key: str | None = None, who: Principal = OPERATOR
+    ) -> BatchRecord:
+        """Create a batch of `who` in validating; durable when this returns.
 
         Raises RequestError: the file is unknown or not for batches, or the key came with another request.
         """
         body = json.dumps(request.model_dump(mode="json", exclude_unset=True), sort_keys=True)
         body_sha256 = hashlib.sha256(body.encode()).hexdigest()
         try:
-            return self.get(self._insert(request, idempotency_key, body_sha256))
+            return self.get(self._insert(request, idempotency_key, body_sha256, who))
         except IntegrityError:  # another process claimed the key between our look and our insert
-            return self.get(self._insert(request, idempotency_key, body_sha256))
+            return self.get(self._insert(request, idempotency_key, body_sha256, who))
 
-    def _insert(self, request: CreateBatch, key: str | None, body_sha256: str) -> str:
+    def _insert(self, request: CreateBatch, key: str | None, body_sha256: str, who: Principal) -> str:
         with self._database.write() as connection:
             new, now = new_id("batch_"), int(time.time())
-            batch_id = claim_key(connection, "batches", key, body_sha256, new)
+            batch_id = claim_key(connection, "batches", key, body_sha256, new, who)
             if batch_id != new:
                 return batch_id
-            self._check_file(connection, request.input_file_id)
+            self._check_file(connection, request.input_file_id, who)
             expiry = request.output_expires_after
             connection.execute(
                 insert(batches).values(
                     id=new,
+                    account=who.account,
                     endpoint=request.endpoint,
                     input_file=request.input_file_id,
                     status="validating",
@@ -90,9 +94,9 @@ class BatchStore:
             )
         return new
 
-    def _check_file(self, connection: Connection, file_id: str) -> None:
+    def _check_file(self, connection: Connection, file_id: str, who: Principal) -> None:
         try:
-            record = self.files.get_in(connection, file_id, "input_file_id", lock=True)
+            record = self.files.get_in(connection, file_id, "input_file_id", who, lock=True)
         except NotFoundError as error:
             message = f"input_file_id: {error}"
             raise RequestError(message, param="input_file_id", code="file_not_found") from None
@@ -103,20 +107,36 @@ class BatchStore:
                 code="wrong_purpose",
             )
 
-    def get(self, batch_id: str) -> BatchRecord:
-        """Raises NotFoundError."""
+    def get(self, batch_id: str, who: Principal = OPERATOR) -> BatchRecord:
+        """Raises NotFoundError, also for a batch that `who` may not see."""
         with self._database.read() as connection:
-            return self._records(connection, [self._row(connection, batch_id)])[0]
+            return self._records(connection, [self._row(connection, batch_id, who=who)])[0]
 
-    def list_batches(self, *, after: str | None = None, limit: int = 20) -> Page[BatchRecord]:
-        """One page, newest first. Raises RequestError if `after` is unknown."""
+    def list_batches(
+        self, *, after: str | None = None, limit: int = 20, who: Principal = OPERATOR
+    ) -> Page[BatchRecord]:
+        """One page of those that `who` may see, newest first. Raises RequestError if `after` is unknown."""
         with self._database.read() as connection:
-            rows = page(connection, batches, [], lambda row: row, after=after, limit=limit)
+            mine = who.only(batches.c.account)
+            rows = page(connection, batches, [], lambda row: row, after=after, limit=limit, within=mine)
             return Page(self._records(connection, rows.data), rows.has_more)
 
     def oldest(self, *statuses: Status) -> BatchRecord | None:
         """The batch that was created first among those in one of the states."""
-        query = select(batches).where(batches.c.status.in_(statuses)).order_by(batches.c.seq).limit(1)
+        return self._first(batches.c.status.in_(statuses))
+
+    def oldest_of(self, account: str | None, *statuses: Status) -> BatchRecord | None:
+        """The same among the batches of one account; None for those that no key made."""
+        return self._first(batches.c.status.in_(statuses), batches.c.account == account)
+
+    def accounts(self, *statuses: Status) -> set[str | None]:
+        """Who has batches in one of the states."""
+        query = select(batches.c.account).where(batches.c.status.in_(statuses)).distinct()
+        with self._database.read() as connection:
+            return set(connection.execute(query).scalars())
+
+    def _first(self, *where: ColumnElement[bool]) -> BatchRecord | None:
+        query = select(batches).where(*where).order_by(batches.c.seq).limit(1)
         with self._database.read() as connection:
             row = connection.execute(query).one_or_none()
             return None if row is None else self._records(connection, [row])[0]
@@ -203,7 +223,8 @@ class BatchStore:
         errors: Blob | None,
         faults: Sequence[LineFault] | None = None,
     ) -> BatchRecord:
-        """End a batch: its sealed files become files, its rows go, its state changes, all or nothing.
+        """End a batch: its sealed files become files of its account, its rows go, its state changes, all or
+        nothing.
 
         Raises BatchStateError, or StorageFullError.
         """
@@ -214,7 +235,7 @@ class BatchStore:
                 if blob is not None:
                     filename = f"{batch_id}_{name}.jsonl"
                     keep_s = record.output_expires_after_s
-                    self.files.insert(connection, blob, filename, OUTPUT_PURPOSE, keep_s)
+                    self.files.insert(connection, blob, filename, OUTPUT_PURPOSE, keep_s, record.account)
                     values[column] = blob.id
             values |= {"completed": record.counts.completed, "failed": record.counts.failed}
             values["tokens"] = record.tokens
@@ -225,8 +246,10 @@ class BatchStore:
                 blob.keep()
         return moved
 
-    def _row(self, connection: Connection, batch_id: str, *, lock: bool = False) -> Row[Any]:
-        query = select(batches).where(batches.c.id == batch_id)
+    def _row(
+        self, connection: Connection, batch_id: str, *, lock: bool = False, who: Principal = OPERATOR
+    ) -> Row[Any]:
+        query = select(batches).where(batches.c.id == batch_id, *who.only(batches.c.account))
         query = query.with_for_update() if lock else query
         row = connection.execute(query).one_or_none() if is_id(batch_id) else None
         if row is None:
@@ -260,6 +283,7 @@ def _record(row: Row[Any], counted: list[tuple[bool, list[int]]]) -> BatchRecord
         )
     return BatchRecord(
         id=row.id,
+        account=row.account,
         endpoint=row.endpoint,
         input_file_id=row.input_file,
         status=row.status,

@@ -4,39 +4,48 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
 
 from tokenloom.engine.async_engine import AsyncEngine
-from tokenloom.engine.outputs import Completion
+from tokenloom.engine.outputs import TokenLogprob
 from tokenloom.errors import RequestError
-from tokenloom.serve.chat import render
+from tokenloom.serve.chat import held_params, render, used_tools
 from tokenloom.serve.chat_protocol import ChatLogprob
 from tokenloom.serve.errors import as_api_error
 from tokenloom.serve.generation import Generation, Outputs, sampling_params
 from tokenloom.serve.logprobs import chat_logprobs
 from tokenloom.serve.models import Models
-from tokenloom.serve.responses.conversation import context_of, new_message_id, with_instructions
+from tokenloom.serve.responses.conversation import items_of, messages_of
 from tokenloom.serve.responses.events import EventWriter, ResponseEvent
+from tokenloom.serve.responses.output import OutputWriter
 from tokenloom.serve.responses.protocol import (
     Failure,
     Incomplete,
     InputDetails,
     OutputDetails,
-    OutputMessage,
-    OutputText,
     ResponseObject,
     ResponseRequest,
     ResponseUsage,
     TextOptions,
 )
 from tokenloom.serve.responses.store import ResponseStore, StoredResponse
+from tokenloom.serve.tools import ToolUse
 
 logger = logging.getLogger("tokenloom.serve")
 
-# What the pipeline of chat completions calls what this API names otherwise.
-_FIELDS = {"messages": "input", "prompt": "input", "max_tokens": "max_output_tokens"}
+_FIELDS = {
+    "messages": "input",
+    "prompt": "input",
+    "max_tokens": "max_output_tokens",
+    "response_format.json_schema": "text.format",
+    "response_format": "text.format",
+    "tool_choice.function": "tool_choice",
+}
+"""What the pipeline of chat completions calls what this API names otherwise, and what is within it."""
+_TOOL = re.compile(r"(tools\[\d+\])\.function")
 
 
 class Answer:
@@ -49,6 +58,7 @@ class Answer:
         body: ResponseRequest,
         stored: StoredResponse,
         generation: Generation,
+        use: ToolUse | None,
         request_id: str,
     ) -> None:
         self.engine = engine
@@ -57,7 +67,8 @@ class Answer:
         self.stored = stored
         self.generation = generation
         self.request_id = request_id
-        self._message_id = new_message_id()
+        self._events = EventWriter()
+        self._output = OutputWriter(self._events, use)
 
     @classmethod
     async def start(
@@ -74,9 +85,10 @@ class Answer:
             raise RequestError("background: this server keeps no responses", param="background")
         adapter = await models.resolve(body.model)
         with _own_names():
-            context, items = context_of(body, previous)
-            chat = body.as_chat(with_instructions(body, context))
-            prompt = await render(engine, chat.messages, None, True)
+            items = items_of(body, previous)
+            chat = body.as_chat(messages_of(body, items))
+            use = used_tools(chat, engine)
+            prompt = await render(engine, chat.messages, use.offered if use else None, True)
             params = sampling_params(
                 chat,
                 engine.settings.limits,
@@ -84,9 +96,10 @@ class Answer:
                 logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
                 prompt_logprobs=None,
             )
+            params = await held_params(engine, chat, use, params)
             generation = await Generation.start(engine, chat, [prompt], params, adapter)
         response = _begun(body, keeps=store.keeps and body.store is not False)
-        return cls(engine, store, body, StoredResponse(response, context, items), generation, request_id)
+        return cls(engine, store, body, StoredResponse(response, items), generation, use, request_id)
 
     @property
     def response(self) -> ResponseObject:
@@ -95,7 +108,12 @@ class Answer:
 
     async def finish(self) -> ResponseObject:
         """Run to the end, and keep the response if it is to be kept. Raises as `Generation.outputs` does."""
-        await self.generation.finish()
+        [answer] = await self.generation.finish()
+        [completion] = answer.completions
+        for _ in self._output.push(completion.text, self._logprobs(completion.logprobs), last=True):
+            continue  # nobody listens
+        for _ in self._output.end(cut=self._cut):
+            continue
         return self.end()
 
     async def run_in_background(self) -> None:
@@ -119,14 +137,12 @@ class Answer:
         return self.response
 
     def end(self) -> ResponseObject:
-        """The finished response, from all that was generated."""
-        [completion] = self.generation.answers[0].completions
-        cut = completion.finish_reason == "length"
+        """The finished response, from all items of its output."""
         self._become(
-            status="incomplete" if cut else "completed",
-            completed_at=None if cut else int(time.time()),
-            incomplete_details=Incomplete(reason="max_output_tokens") if cut else None,
-            output=[self._message(completion, "incomplete" if cut else "completed")],
+            status="incomplete" if self._cut else "completed",
+            completed_at=None if self._cut else int(time.time()),
+            incomplete_details=Incomplete(reason="max_output_tokens") if self._cut else None,
+            output=self._output.items,
             usage=self._usage(),
         )
         return self.response
@@ -145,45 +161,40 @@ class Answer:
 
     async def events(self, outputs: Outputs) -> AsyncIterator[ResponseEvent]:
         """OpenAI's events. A failure is the last of them: the client has its 200 already."""
-        writer = EventWriter(self._message_id)
-        yield writer.whole("response.created", self.response)
-        yield writer.whole("response.in_progress", self.response)
-        empty = OutputText(text="", annotations=[], logprobs=[])
-        begun = OutputMessage(id=self._message_id, status="in_progress", content=[])
-        yield writer.item("response.output_item.added", begun)
-        yield writer.part("response.content_part.added", empty)
+        yield self._events.whole("response.created", self.response)
+        yield self._events.whole("response.in_progress", self.response)
+        for event in self._output.begin():
+            yield event
         try:
             async for _, step in outputs:
                 for delta in step.deltas:
-                    entries = self._logprobs(delta)
-                    if delta.text or entries:
-                        yield writer.delta(delta.text, entries)
+                    last = delta.finish_reason is not None
+                    for event in self._output.push(delta.text, self._logprobs(delta.logprobs), last=last):
+                        yield event
         except Exception as error:
-            yield writer.whole("response.failed", self.fail(error))
+            yield self._events.whole("response.failed", self.fail(error))
             return
+        for event in self._output.end(cut=self._cut):
+            yield event
         response = self.end()
-        [item] = response.output
-        [part] = item.content
-        yield writer.done(part.text, part.logprobs)
-        yield writer.part("response.content_part.done", part)
-        yield writer.item("response.output_item.done", item)
-        yield writer.whole(f"response.{response.status}", response)
+        yield self._events.whole(f"response.{response.status}", response)
 
     async def aclose(self) -> None:
         await self.generation.aclose()
 
     def _become(self, **changes: object) -> None:
         response = self.response.model_copy(update=changes)
-        self.stored = StoredResponse(response, self.stored.context, self.stored.items)
+        self.stored = StoredResponse(response, self.stored.items)
         if response.store:
             self.store.put(self.stored)
 
-    def _message(self, completion: Completion, status: str) -> OutputMessage:
-        part = OutputText(text=completion.text, annotations=[], logprobs=self._logprobs(completion))
-        return OutputMessage.model_validate({"id": self._message_id, "status": status, "content": [part]})
+    @property
+    def _cut(self) -> bool:
+        """Whether it is over because it must not be longer."""
+        [completion] = self.generation.answers[0].completions
+        return completion.finish_reason == "length"
 
-    def _logprobs(self, piece: object) -> list[ChatLogprob]:
-        entries = getattr(piece, "logprobs", None)
+    def _logprobs(self, entries: list[TokenLogprob] | None) -> list[ChatLogprob]:
         return chat_logprobs(entries, self.engine.tokenizer).content if entries else []
 
     def _usage(self) -> ResponseUsage:
@@ -223,11 +234,18 @@ def _own_names() -> Iterator[None]:
         yield
     except RequestError as error:
         theirs = error.param or ""
-        if theirs not in _FIELDS:
+        own = _own_name(theirs)
+        if own == theirs:
             raise
-        own = _FIELDS[theirs]
         message = f"{own}: {str(error).removeprefix(theirs).removeprefix(': ')}"
         raise RequestError(message, param=own, code=error.code) from error
+
+
+def _own_name(theirs: str) -> str:
+    for prefix, own in _FIELDS.items():
+        if theirs == prefix or theirs.startswith(f"{prefix}."):
+            return own + theirs.removeprefix(prefix)
+    return _TOOL.sub(r"\1", theirs)
 
 
 def _begun(body: ResponseRequest, *, keeps: bool) -> ResponseObject:
@@ -247,6 +265,8 @@ def _begun(body: ResponseRequest, *, keeps: bool) -> ResponseObject:
         store=keeps,
         temperature=1.0 if body.temperature is None else body.temperature,
         text=body.text or TextOptions(),
+        tool_choice=body.tool_choice or "auto",
+        tools=body.tools or [],
         top_logprobs=body.top_logprobs or 0,
         top_p=1.0 if body.top_p is None else body.top_p,
         user=body.user,

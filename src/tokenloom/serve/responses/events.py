@@ -7,7 +7,8 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from tokenloom.serve.chat_protocol import ChatLogprob
-from tokenloom.serve.responses.protocol import OutputMessage, OutputText, ResponseObject
+from tokenloom.serve.responses.items import OutputItem, OutputText
+from tokenloom.serve.responses.protocol import ResponseObject
 
 
 class WholeEvent(BaseModel):
@@ -25,12 +26,12 @@ class WholeEvent(BaseModel):
 
 
 class ItemEvent(BaseModel):
-    """The message begins, or is whole."""
+    """A message or a call begins, or is whole."""
 
     type: Literal["response.output_item.added", "response.output_item.done"]
     sequence_number: int
     output_index: int
-    item: OutputMessage
+    item: OutputItem
 
 
 class PartEvent(BaseModel):
@@ -68,38 +69,72 @@ class TextDone(BaseModel):
     logprobs: list[ChatLogprob]
 
 
-ResponseEvent = WholeEvent | ItemEvent | PartEvent | TextDelta | TextDone
+class ArgumentsDelta(BaseModel):
+    """A piece of a call's arguments."""
+
+    type: Literal["response.function_call_arguments.delta"] = "response.function_call_arguments.delta"
+    sequence_number: int
+    item_id: str
+    output_index: int
+    delta: str
+
+
+class ArgumentsDone(BaseModel):
+    """All arguments of a call."""
+
+    type: Literal["response.function_call_arguments.done"] = "response.function_call_arguments.done"
+    sequence_number: int
+    item_id: str
+    output_index: int
+    name: str
+    arguments: str
+
+
+ResponseEvent = WholeEvent | ItemEvent | PartEvent | TextDelta | TextDone | ArgumentsDelta | ArgumentsDone
 
 
 class EventWriter:
-    """Numbers the events of one response, which has one message with one part."""
+    """Numbers the events of one response. What is told of an item is told of the one that began last; a
+    message has one part."""
 
-    def __init__(self, item_id: str) -> None:
-        self.item_id = item_id
+    def __init__(self) -> None:
         self._sent = 0
+        self._item_id = ""
+        self._output_index = -1
 
     def whole(self, kind: Any, response: ResponseObject) -> WholeEvent:
         return WholeEvent(type=kind, sequence_number=self._number(), response=response)
 
-    def item(self, kind: Any, item: OutputMessage) -> ItemEvent:
-        return ItemEvent(type=kind, sequence_number=self._number(), output_index=0, item=item)
+    def added(self, item: OutputItem) -> ItemEvent:
+        self._item_id = item.id
+        self._output_index += 1
+        return self._item("response.output_item.added", item)
+
+    def item_done(self, item: OutputItem) -> ItemEvent:
+        return self._item("response.output_item.done", item)
 
     def part(self, kind: Any, part: OutputText) -> PartEvent:
-        return PartEvent(type=kind, part=part, **self._place())
+        return PartEvent(type=kind, part=part, content_index=0, **self._place())
 
-    def delta(self, text: str, logprobs: list[ChatLogprob]) -> TextDelta:
-        return TextDelta(delta=text, logprobs=logprobs, **self._place())
+    def text_delta(self, text: str, logprobs: list[ChatLogprob]) -> TextDelta:
+        return TextDelta(delta=text, logprobs=logprobs, content_index=0, **self._place())
 
-    def done(self, text: str, logprobs: list[ChatLogprob]) -> TextDone:
-        return TextDone(text=text, logprobs=logprobs, **self._place())
+    def text_done(self, text: str, logprobs: list[ChatLogprob]) -> TextDone:
+        return TextDone(text=text, logprobs=logprobs, content_index=0, **self._place())
+
+    def arguments_delta(self, text: str) -> ArgumentsDelta:
+        return ArgumentsDelta(delta=text, **self._place())
+
+    def arguments_done(self, name: str, arguments: str) -> ArgumentsDone:
+        return ArgumentsDone(name=name, arguments=arguments, **self._place())
+
+    def _item(self, kind: Any, item: OutputItem) -> ItemEvent:
+        number, index = self._number(), self._output_index
+        return ItemEvent(type=kind, sequence_number=number, output_index=index, item=item)
 
     def _place(self) -> dict[str, Any]:
-        return {
-            "sequence_number": self._number(),
-            "item_id": self.item_id,
-            "output_index": 0,
-            "content_index": 0,
-        }
+        index = self._output_index
+        return {"sequence_number": self._number(), "item_id": self._item_id, "output_index": index}
 
     def _number(self) -> int:
         self._sent += 1

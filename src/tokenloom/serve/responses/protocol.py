@@ -5,13 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from tokenloom.engine.sampling_params import MAX_LOGPROBS
 from tokenloom.errors import RequestError
 from tokenloom.methods.registry import MAX_SPEC_CHARACTERS
-from tokenloom.serve.chat_protocol import MAX_MESSAGES, ChatLogprob, ChatRequest, Message
-from tokenloom.serve.protocol import Flag, Integer, Metadata, ModelName, Number, RequestBody, StopAtFirst
+from tokenloom.serve.chat_protocol import ChatRequest, Message
+from tokenloom.serve.protocol import Flag, Integer, Metadata, ModelName, Number, RequestBody
+from tokenloom.serve.response_format import (
+    JSONObjectFormat,
+    JSONSchema,
+    JSONSchemaFormat,
+    TextFormat,
+    kind_of_format,
+)
+from tokenloom.serve.responses.items import Input, KeptItem, OutputItem
+from tokenloom.serve.tools_protocol import MAX_TOOLS, FunctionDefinition, NamedFunction, NamedTool, Tool
+from tokenloom.serve.tools_protocol import ToolChoice as ChatToolChoice
 
 LOGPROBS = "message.output_text.logprobs"
 
@@ -19,62 +29,67 @@ ItemId = Annotated[str, Field(max_length=128)]
 Verbosity = Literal["medium"]
 
 
-class InputPart(BaseModel):
-    """A piece of a message. `output_text` is how earlier answers come back."""
+class SchemaFormat(JSONSchema):
+    """JSON that fits a schema. OpenAI has here in one object what chat completions nest."""
 
-    type: Literal["input_text", "output_text"]
-    text: str
+    model_config = ConfigDict(serialize_by_alias=True)
 
-
-def _kind_of_content(value: Any) -> str | None:
-    return "<text>" if isinstance(value, str) else "<parts>" if isinstance(value, list) else None
+    type: Literal["json_schema"]
 
 
-InputContent = Annotated[
-    Annotated[str, Tag("<text>")]
-    | Annotated[list[InputPart], StopAtFirst(), Field(min_length=1, max_length=MAX_MESSAGES), Tag("<parts>")],
+Format = Annotated[
+    Annotated[TextFormat, Tag("<text>")]
+    | Annotated[JSONObjectFormat, Tag("<json_object>")]
+    | Annotated[SchemaFormat, Tag("<json_schema>")],
     Discriminator(
-        _kind_of_content,
-        custom_error_type="content_type",
-        custom_error_message="must be a string or an array of text parts",
+        kind_of_format,
+        custom_error_type="text_format",
+        custom_error_message="must be an object whose type is text, json_object or json_schema",
     ),
 ]
-
-
-class InputMessage(BaseModel):
-    """One turn of a conversation. An item of `response.output` is one, too."""
-
-    type: Literal["message"] = "message"
-    role: Literal["user", "assistant", "system", "developer"]
-    content: InputContent
-
-
-def _kind_of_input(value: Any) -> str | None:
-    return "<text>" if isinstance(value, str) else "<items>" if isinstance(value, list) else None
-
-
-Input = Annotated[
-    Annotated[str, Tag("<text>")]
-    | Annotated[
-        list[InputMessage], StopAtFirst(), Field(min_length=1, max_length=MAX_MESSAGES), Tag("<items>")
-    ],
-    Discriminator(
-        _kind_of_input,
-        custom_error_type="input_type",
-        custom_error_message="must be a string or an array of messages",
-    ),
-]
-
-
-class TextFormat(BaseModel):
-    type: Literal["text"] = "text"
 
 
 class TextOptions(BaseModel):
-    """How the answer is to look: plain text."""
+    """How the answer is to look."""
 
-    format: TextFormat = TextFormat()
+    format: Format = TextFormat(type="text")
     verbosity: Verbosity = "medium"
+
+    @property
+    def response_format(self) -> TextFormat | JSONObjectFormat | JSONSchemaFormat:
+        """The same in chat completions."""
+        if not isinstance(self.format, SchemaFormat):
+            return self.format
+        schema = self.format.model_dump(exclude={"type"}, by_alias=True)
+        return JSONSchemaFormat(type="json_schema", json_schema=JSONSchema.model_validate(schema))
+
+
+class _OfType(BaseModel):
+    type: Literal["function"]
+
+
+# The last base's fields come first: of a tool of another type that is told, not what it has not got.
+class FunctionTool(FunctionDefinition, _OfType):
+    """A function that the model may call."""
+
+    @property
+    def as_in_chat(self) -> Tool:
+        given = self.model_dump(exclude={"type"}, exclude_unset=True)
+        return Tool(type="function", function=FunctionDefinition.model_validate(given))
+
+
+class FunctionChoice(NamedFunction, _OfType):
+    """The function that must be called."""
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("<word>")] | Annotated[FunctionChoice, Tag("<tool>")],
+    Discriminator(
+        lambda value: "<word>" if isinstance(value, str) else "<tool>",
+        custom_error_type="tool_choice",
+        custom_error_message="must be none, auto, required or an object that names a function",
+    ),
+]
 
 
 class ObfuscationOptions(BaseModel):
@@ -87,8 +102,6 @@ class ResponseRequest(RequestBody):
     """POST /v1/responses. The second half extends OpenAI's API, as in chat completions."""
 
     refused: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "tools": ([],),
-        "tool_choice": ("auto", "none"),
         "max_tool_calls": (),
         "conversation": (),
         "prompt": (),
@@ -115,6 +128,8 @@ class ResponseRequest(RequestBody):
     stream_options: ObfuscationOptions | None = None
     store: Flag | None = None
     background: Flag | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: Flag | None = None
     metadata: Metadata | None = None
     user: str | None = Field(None, max_length=512)
@@ -154,49 +169,28 @@ class ResponseRequest(RequestBody):
             max_completion_tokens=self.max_output_tokens,
             logprobs=self.wants_logprobs,
             top_logprobs=self.top_logprobs if self.wants_logprobs else None,
+            response_format=None if self.text is None else self.text.response_format,
+            tools=None if self.tools is None else [tool.as_in_chat for tool in self.tools],
+            tool_choice=self._chat_choice(),
             **{name: getattr(self, name) for name in _AS_IN_CHAT},
         )
+
+    def _chat_choice(self) -> ChatToolChoice | None:
+        choice = self.tool_choice
+        if not isinstance(choice, FunctionChoice):
+            return choice
+        return NamedTool(type="function", function=NamedFunction(name=choice.name))
 
 
 _AS_IN_CHAT = (
     *("temperature", "top_p", "stream", "user", "seed", "top_k", "min_p", "repetition_penalty"),
-    *("min_tokens", "ignore_eos", "priority", "cache_salt", "kv", "draft"),
+    *("min_tokens", "ignore_eos", "priority", "cache_salt", "kv", "draft", "parallel_tool_calls"),
 )
-
-
-class InputTextPart(BaseModel):
-    type: Literal["input_text"] = "input_text"
-    text: str
-
-
-class OutputText(BaseModel):
-    type: Literal["output_text"] = "output_text"
-    text: str
-    annotations: list[Any]
-    logprobs: list[ChatLogprob]
-
-
-class OutputMessage(BaseModel):
-    id: str
-    type: Literal["message"] = "message"
-    role: Literal["assistant"] = "assistant"
-    status: Literal["in_progress", "completed", "incomplete"]
-    content: list[OutputText]
-
-
-class InputItem(BaseModel):
-    """A message that went into a response, whoever wrote it."""
-
-    id: str
-    type: Literal["message"] = "message"
-    role: Literal["user", "assistant", "system", "developer"]
-    status: Literal["completed"] = "completed"
-    content: list[InputTextPart | OutputText]
 
 
 class InputItemList(BaseModel):
     object: Literal["list"] = "list"
-    data: list[InputItem]
+    data: list[KeptItem]
     first_id: str | None
     last_id: str | None
     has_more: bool
@@ -250,7 +244,7 @@ class ResponseObject(BaseModel):
     max_output_tokens: int | None
     metadata: dict[str, str]
     model: str
-    output: list[OutputMessage] = []
+    output: list[OutputItem] = []
     parallel_tool_calls: bool
     previous_response_id: str | None
     prompt_cache_key: str | None
@@ -259,8 +253,8 @@ class ResponseObject(BaseModel):
     store: bool
     temperature: float
     text: TextOptions
-    tool_choice: Literal["auto"] = "auto"
-    tools: list[Any] = []
+    tool_choice: ToolChoice
+    tools: list[FunctionTool]
     top_logprobs: int
     top_p: float
     truncation: Literal["disabled"] = "disabled"

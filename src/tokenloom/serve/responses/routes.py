@@ -15,8 +15,8 @@ from tokenloom.serve.json_body import JSONRoute, write_json
 from tokenloom.serve.models import Models
 from tokenloom.serve.responses.answer import Answer
 from tokenloom.serve.responses.events import ResponseEvent
+from tokenloom.serve.responses.items import KeptItem
 from tokenloom.serve.responses.protocol import (
-    InputItem,
     InputItemList,
     ResponseDeleted,
     ResponseObject,
@@ -109,7 +109,7 @@ def responses_router(engine: AsyncEngine, models: Models) -> APIRouter:
     return router
 
 
-def _page(items: list[InputItem], after: str | None, limit: int) -> InputItemList:
+def _page(items: list[KeptItem], after: str | None, limit: int) -> InputItemList:
     start = 0
     if after is not None:
         start = next((i + 1 for i, item in enumerate(items) if item.id == after), 0)

@@ -9,9 +9,15 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from tokenloom.serve.chat_protocol import Message
 from tokenloom.serve.errors import ApiError
-from tokenloom.serve.responses.protocol import InputItem, ResponseObject
+from tokenloom.serve.responses.items import (
+    CallOutputItem,
+    FunctionCallItem,
+    KeptItem,
+    OutputItem,
+    OutputText,
+)
+from tokenloom.serve.responses.protocol import ResponseObject
 
 _OVERHEAD_BYTES = 1024
 """Of an entry and its objects, about, besides the text."""
@@ -22,22 +28,27 @@ class StoredResponse:
     """A response with what led to it.
 
     Attributes:
-        context: the conversation before the answer, without the instructions, which do not carry over.
-        items: the same as it is shown to clients.
+        items: the conversation before the answer, without the instructions, which do not carry over.
     """
 
     response: ResponseObject
-    context: tuple[Message, ...]
-    items: tuple[InputItem, ...]
+    items: tuple[KeptItem, ...]
 
     @property
     def size_bytes(self) -> int:
         """About what it takes, twice over where responses share a conversation."""
-        texts = [part.text for item in self.items for part in item.content]
-        texts += [part.text for item in self.response.output for part in item.content]
-        logprobs = sum(len(part.logprobs) for item in self.response.output for part in item.content)
-        items = len(self.items) + len(self.response.output) + logprobs
-        return _OVERHEAD_BYTES * (1 + items) + 2 * sum(map(len, texts))
+        items = [*self.items, *self.response.output]
+        told = self.response.model_dump_json(include={"instructions", "tools", "text"})
+        return 2 * len(told) + _OVERHEAD_BYTES + sum(map(_size_bytes, items))
+
+
+def _size_bytes(item: KeptItem | OutputItem) -> int:
+    if isinstance(item, FunctionCallItem):
+        return _OVERHEAD_BYTES + 2 * len(item.arguments)
+    if isinstance(item, CallOutputItem):
+        return _OVERHEAD_BYTES + 2 * len(item.text)
+    logprobs = sum(len(part.logprobs) for part in item.content if isinstance(part, OutputText))
+    return _OVERHEAD_BYTES * (1 + logprobs) + 2 * sum(len(part.text) for part in item.content)
 
 
 class ResponseStore:
