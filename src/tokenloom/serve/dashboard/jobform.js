@@ -1,14 +1,36 @@
 // The form of a new job: uploads its files, then creates it.
 
 import { get, post } from "./api.js";
-import { byId, say } from "./dom.js";
+import { byId, say, turnOff } from "./dom.js";
 
 let onCreated = () => {};
+let creating = false;
+
+/** The input of a parameter that the server names; "" is none of them. */
+const INPUTS = {
+  training_file: "training-file",
+  validation_file: "validation-file",
+  suffix: "suffix",
+  n_epochs: "epochs",
+  batch_size: "batch-size",
+  learning_rate: "learning-rate",
+  r: "rank",
+  seed: "job-seed",
+};
+
+/** Says what is wrong, beside the button and at the input that it is about; with "" that nothing is. */
+function complain(text, param) {
+  say(byId("job-problem"), text);
+  for (const id of Object.values(INPUTS)) byId(id).removeAttribute("aria-invalid");
+  const input = byId(INPUTS[param?.split(".").at(-1)] ?? "");
+  input?.setAttribute("aria-invalid", "true");
+  input?.focus();
+}
 
 /** `created(id)` is called with the job's id. */
 export function openJobForm(created) {
   onCreated = created;
-  say(byId("job-problem"), "");
+  complain("");
   byId("job-dialog").showModal();
 }
 
@@ -42,17 +64,19 @@ async function create() {
 byId("job-cancel").addEventListener("click", () => byId("job-dialog").close());
 byId("job-form").addEventListener("submit", async (event) => {
   event.preventDefault();
-  const button = byId("job-create");
-  button.disabled = true;
-  say(byId("job-problem"), "");
+  if (creating) return;
+  creating = true;
+  turnOff(byId("job-create"), true);
+  complain("");
   try {
     const id = await create();
     byId("job-dialog").close();
     byId("job-form").reset();
     onCreated(id);
   } catch (error) {
-    say(byId("job-problem"), error.message);
+    complain(error.message, error.param);
   } finally {
-    button.disabled = false;
+    creating = false;
+    turnOff(byId("job-create"), false);
   }
 });
