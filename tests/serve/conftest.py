@@ -146,3 +146,24 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         site = Site()
         yield site
         site.server.stop()
+
+
+@pytest.fixture
+def begin(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Running]]:
+    """Start a server that trains, on this test's home folder: `begin(coserve__mode="coserve")`; another after
+    `stop()` is a restart."""
+    from tuning_server import start
+
+    monkeypatch.setenv("TOKENLOOM_HOME", str(tmp_path / "home"))
+    started: list[Running] = []
+
+    def again(**flags: Any) -> Running:
+        started.append(start(tiny_folder, **flags))
+        return started[-1]
+
+    yield again
+    for server in started:
+        if server.thread.is_alive():
+            server.stop()
