@@ -76,6 +76,7 @@ def answering(page: Any, *logprobs: float) -> None:
 
 
 def ask(page: Any, *, of_both: bool = False) -> None:
+    expect(page.get_by_label("Model of A")).to_have_value("fake")
     page.get_by_label("Side by side").set_checked(of_both)
     page.fill("#prompt", "what of it?")
     page.press("#prompt", "Enter")

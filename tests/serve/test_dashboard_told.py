@@ -175,6 +175,15 @@ def test_a_refusal_is_said(site, visit):
     expect(said(page)).to_contain_text("no method 'nonsense'")
 
 
+def test_what_cannot_be_done_with_a_job_is_said(site, visit):
+    page = visit(site.server, "#finetuning")
+    page.locator("#jobs button", has_text="sailor").click()
+    refusal = {"error": {"message": "the job is over already", "param": None}}
+    page.route("**/pause", lambda route: route.fulfill(status=409, json=refusal))
+    page.locator("#job-actions").get_by_role("button", name="Pause").click()
+    expect(said(page)).to_contain_text("the job is over already")
+
+
 def test_what_is_wrong_is_tied_to_the_input_that_it_is_about(site, visit, tmp_path):
     page = visit(site.server, "#finetuning")
     file = tmp_path / "rows.jsonl"
@@ -191,6 +200,22 @@ def test_what_is_wrong_is_tied_to_the_input_that_it_is_about(site, visit, tmp_pa
 
 
 # -- where the focus is --------------------------------------------------------------------------------------
+
+
+def test_the_head_of_the_page_is_told_as_what_it_is(overview):
+    expect(overview.get_by_role("banner")).to_match_aria_snapshot(
+        """
+        - navigation "Views":
+          - link "Overview"
+          - link "Playground"
+          - link "Fine-tuning"
+          - link "Models"
+        - text: fake
+        - status: Live
+        - button "Pause live updates"
+        - 'button "Colour theme: system"'
+        """
+    )
 
 
 def test_the_link_past_the_menu_stays_in_its_view(site, visit):

@@ -145,7 +145,9 @@ def build(memory: Path, given: dict[str, str]) -> Stage:
 
 def serve(stage: Stage, model: Path) -> None:
     """Start the image as its page says, ask it, stop it."""
-    shutil.copytree(model, stage.inside("/models/tiny"))
+    tiny = stage.inside("/models/tiny")
+    shutil.copytree(model, tiny)
+    subprocess.run(["chmod", "-R", "a+rX", tiny], check=True)
     data, root = stage.inside("/data"), str(stage.root)
     # What `docker run` does for --read-only, --tmpfs /tmp and the volume.
     subprocess.run(["mount", "--bind", data, data], check=True)
