@@ -197,6 +197,7 @@ def test_what_is_wrong_is_tied_to_the_input_that_it_is_about(site, visit, tmp_pa
     expect(rate).to_have_attribute("aria-invalid", "true")
     expect(rate).to_have_accessible_description("training.learning_rate: too high")
     expect(rate).to_be_focused()
+    expect(page.get_by_label("Epochs")).to_have_accessible_description("")
 
 
 # -- where the focus is --------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import { byId, say, turnOff } from "./dom.js";
 let onCreated = () => {};
 let creating = false;
 
-/** The input of a parameter that the server names; "" is none of them. */
+/** The input of a parameter that the server names. */
 const INPUTS = {
   training_file: "training-file",
   validation_file: "validation-file",
@@ -18,13 +18,19 @@ const INPUTS = {
   seed: "job-seed",
 };
 
-/** Says what is wrong, beside the button and at the input that it is about; with "" that nothing is. */
+/** Ties what is wrong to the input that it is about, beside the hint that it may have, or unties it. */
+function mark(input, wrong) {
+  const texts = (input.getAttribute("aria-describedby") ?? "").split(" ").filter((id) => id && id !== "job-problem");
+  input.setAttribute("aria-describedby", [...texts, ...(wrong ? ["job-problem"] : [])].join(" "));
+  input.setAttribute("aria-invalid", String(wrong));
+}
+
+/** Says what is wrong, beside the button and at its input; with "" that nothing is. */
 function complain(text, param) {
   say(byId("job-problem"), text);
-  for (const id of Object.values(INPUTS)) byId(id).removeAttribute("aria-invalid");
-  const input = byId(INPUTS[param?.split(".").at(-1)] ?? "");
-  input?.setAttribute("aria-invalid", "true");
-  input?.focus();
+  const wrong = INPUTS[param?.split(".").at(-1)];
+  for (const id of Object.values(INPUTS)) mark(byId(id), id === wrong);
+  if (wrong) byId(wrong).focus();
 }
 
 /** `created(id)` is called with the job's id. */
