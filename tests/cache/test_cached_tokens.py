@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from token_rows import grow
 from tokenloom.cache.block_pool import BlockPool, OutOfBlocks
 from tokenloom.cache.block_table import BlockTable
 from tokenloom.cache.cached_tokens import CachedTokens
@@ -37,13 +38,7 @@ class Rig:
         return CachedTokens(self.kv, BlockTable(self.pool), KERNELS)
 
     def append(self, cached: CachedTokens, name: int, tokens: range | list[int]) -> None:
-        first = cached.length
-        cached.table.grow(first + len(tokens))
-        if first % BLOCK:
-            copied = cached.table.make_writable(first // BLOCK)
-            if copied is not None:
-                self.kv.copy_block(*copied)
-        cached.length = first + len(tokens)
+        first = grow(self.kv, cached, len(tokens))
         for layer in range(LAYERS):
             keys = torch.stack([marks(layer, name, t) for t in tokens])
             self.kv.write(layer, cached.slots()[first:], keys, -keys)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from token_rows import grow
 from tokenloom.cache.block_pool import BlockPool, OutOfBlocks
 from tokenloom.cache.block_table import BlockTable
 from tokenloom.cache.cached_tokens import CachedTokens
@@ -61,13 +62,7 @@ class Rig:
         return CachedTokens(self.kv, BlockTable(self.pool), KERNELS)
 
     def append(self, cached: CachedTokens, marks: list[int]) -> None:
-        first = cached.length
-        cached.table.grow(first + len(marks))
-        if first % BLOCK:
-            copied = cached.table.make_writable(first // BLOCK)
-            if copied is not None:
-                self.kv.copy_block(*copied)
-        cached.length = first + len(marks)
+        first = grow(self.kv, cached, len(marks))
         for layer in range(LAYERS):
             keys = torch.stack([numbers(layer, mark) for mark in marks])
             self.kv.write(layer, cached.slots()[first:], keys, -keys)

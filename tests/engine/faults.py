@@ -77,6 +77,20 @@ async def answers(target: AsyncEngine, guilty: list[int], count: int = 6, **fiel
     return await asyncio.gather(*(answer(target, p, i, **fields) for i, p in enumerate(prompts)))
 
 
+def healthy_answers(folder: Path, **fields: Any) -> list[Any]:
+    """The same of an engine on which nothing goes wrong."""
+
+    async def ask() -> list[Any]:
+        target = make(folder)
+        target.start()
+        try:
+            return await answers(target, [], **fields)
+        finally:
+            await asyncio.to_thread(target.shutdown)
+
+    return asyncio.run(ask())
+
+
 async def settled(target: AsyncEngine) -> None:
     """Wait until nothing runs."""
     for _ in range(500):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tiny_models import build_tiny
+from faults import settled
 from tokenloom.config import load_settings
 from tokenloom.engine.async_engine import AsyncEngine
 from tokenloom.engine.engine import Engine
@@ -19,11 +19,6 @@ from tokenloom.errors import EngineBusyError, EngineStoppedError, RequestError
 from tokenloom.models.loader import open_model
 
 LONG = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny(tmp_path_factory.mktemp("llama"), "llama")[0]
 
 
 def make(folder: Path, **flags: Any) -> AsyncEngine:
@@ -39,14 +34,6 @@ async def served(folder: Path) -> AsyncIterator[AsyncEngine]:
     await asyncio.to_thread(target.shutdown)
     target.engine.pool.check()
     assert target.engine.pool.num_used == 0
-
-
-async def settle(target: AsyncEngine) -> None:
-    for _ in range(500):
-        if not target.engine.requests and not target._inbox:
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("requests are still there")
 
 
 async def test_concurrent_streams_get_their_own_tokens(served: AsyncEngine) -> None:
@@ -69,7 +56,7 @@ async def test_closing_a_stream_frees_its_blocks(served: AsyncEngine) -> None:
     await stream.__anext__()
     assert served.engine.pool.num_used > 0
     await stream.aclose()
-    await settle(served)
+    await settled(served)
     assert served.engine.pool.num_used == 0
 
 
@@ -78,12 +65,12 @@ async def test_a_lost_stream_is_aborted(served: AsyncEngine) -> None:
     await stream.__anext__()
     del stream
     gc.collect()
-    await settle(served)
+    await settled(served)
 
 
 async def test_a_stream_never_read_is_aborted_when_closed(served: AsyncEngine) -> None:
     await served.generate([1, 2, 3], LONG, request_id="r").aclose()
-    await settle(served)
+    await settled(served)
 
 
 async def test_bad_requests_are_refused_at_once(served: AsyncEngine) -> None:
@@ -105,7 +92,7 @@ async def test_a_full_queue_is_busy_and_recovers(folder: Path) -> None:
         target.generate([1], LONG, request_id="last")
     for stream in streams:
         await stream.aclose()
-    await settle(target)
+    await settled(target)
     await target.generate([1], LONG, request_id="again").aclose()
     await asyncio.to_thread(target.shutdown)
 

@@ -10,31 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from faults import POISON, answer, answers, make, patch_forward, poisoned, settled
-from tiny_models import build_tiny
+from faults import POISON, answer, answers, healthy_answers, make, patch_forward, poisoned, settled
 from tokenloom.engine import engine as engine_module
 from tokenloom.engine.async_engine import AsyncEngine
 from tokenloom.methods.drafting.ngram import NgramDrafter
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny(tmp_path_factory.mktemp("llama"), "llama")[0]
-
-
-@pytest.fixture(scope="module")
 def healthy(folder: Path) -> list[Any]:
     """What six requests answer when nothing goes wrong."""
-
-    async def ask() -> list[Any]:
-        target = make(folder)
-        target.start()
-        try:
-            return await answers(target, [])
-        finally:
-            await asyncio.to_thread(target.shutdown)
-
-    return asyncio.run(ask())
+    return healthy_answers(folder)
 
 
 @pytest.fixture

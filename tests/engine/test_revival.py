@@ -13,31 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from faults import POISON, answer, answers, make, params, patch_forward, settled
-from tiny_models import build_tiny
+from faults import POISON, answer, answers, healthy_answers, make, params, patch_forward, settled
 from tokenloom.engine.async_engine import AsyncEngine
 from tokenloom.engine.scheduler import Plan, Scheduler
 from tokenloom.errors import EngineStoppedError
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny(tmp_path_factory.mktemp("llama"), "llama")[0]
-
-
-@pytest.fixture(scope="module")
 def healthy(folder: Path) -> list[Any]:
     """What six requests of two choices answer when nothing goes wrong."""
-
-    async def ask() -> list[Any]:
-        target = make(folder)
-        target.start()
-        try:
-            return await answers(target, [], n=2)
-        finally:
-            await asyncio.to_thread(target.shutdown)
-
-    return asyncio.run(ask())
+    return healthy_answers(folder, n=2)
 
 
 @pytest.fixture

@@ -181,6 +181,19 @@ def test_truncated_safetensors_are_named(tmp_path: Path, kept_share: float) -> N
         SafetensorsSource(folder)
 
 
+def test_a_file_that_may_not_be_read_is_not_called_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = build_tiny(tmp_path)
+
+    def refuse(path: Path, *_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(ModelError, match=r"model\.safetensors: Permission denied$"):
+        SafetensorsSource(folder)
+
+
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     folder, _ = build_tiny(tmp_path, "llama", max_shard_size="50KB")
     shard = sorted(folder.glob("model-*.safetensors"))[2]

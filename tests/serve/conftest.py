@@ -128,3 +128,56 @@ def logged(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Log]]:
     root.setLevel(levels[0])
     own.setLevel(levels[1])
     logging.captureWarnings(False)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from dashboard_rig import opened
+
+    with opened() as chromium:
+        yield chromium
+
+
+@pytest.fixture
+def visit(browser: Any) -> Iterator[Any]:
+    """See `Visits`. A script that fails, or that the page's policy refuses, fails the test."""
+    from dashboard_rig import WAIT_MS, Visits, expect
+
+    visits = Visits(browser)
+    expect.set_options(timeout=WAIT_MS)
+    yield visits
+    visits.close()
+    assert not visits.complaints
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """See `Site`. Tests leave it as they found it, but for more jobs."""
+    from dashboard_site import Site
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TOKENLOOM_HOME", str(tmp_path_factory.mktemp("home")))
+        site = Site()
+        yield site
+        site.server.stop()
+
+
+@pytest.fixture
+def begin(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Running]]:
+    """Start a server that trains, on this test's home folder: `begin(coserve__mode="coserve")`; another after
+    `stop()` is a restart."""
+    from tuning_server import start
+
+    monkeypatch.setenv("TOKENLOOM_HOME", str(tmp_path / "home"))
+    started: list[Running] = []
+
+    def again(**flags: Any) -> Running:
+        started.append(start(tiny_folder, **flags))
+        return started[-1]
+
+    yield again
+    for server in started:
+        if server.thread.is_alive():
+            server.stop()

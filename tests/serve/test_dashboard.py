@@ -4,31 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from dashboard_rig import VIEWS, expect, live
 from fake_engine import FakeEngine
 from running import Running, settings
 from tuning_server import client_of, create, rows, start, upload
-
-sync_api = pytest.importorskip("playwright.sync_api", reason="the browser tests need playwright (dev extra)")
-expect = sync_api.expect
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
-WAIT_MS = 20_000
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="module")
@@ -38,33 +22,6 @@ def server(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         running = start(tiny_folder)
         yield running
         running.stop()
-
-
-@pytest.fixture
-def visit(browser: Any) -> Iterator[Any]:
-    """Open a server's page: `visit(server, "#playground", color_scheme="dark")`. A script that fails, or that
-    the page's policy refuses, fails the test."""
-    contexts, complaints = [], []
-
-    def go(where: Running, view: str = "", **options: Any) -> Any:
-        context = browser.new_context(**{"reduced_motion": "reduce", **options})
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(WAIT_MS)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("console", lambda said: complaints.append(said.text) if "Policy" in said.text else None)
-        page.goto(f"{where.url}/{view}")
-        return page
-
-    expect.set_options(timeout=WAIT_MS)
-    yield go
-    for context in contexts:
-        context.close()
-    assert not complaints
-
-
-def live(page: Any) -> None:
-    expect(page.locator("#status")).to_have_text("Live")
 
 
 def test_the_overview_follows_the_engine(server, visit):
@@ -176,9 +133,9 @@ def test_a_finished_model_can_be_tried(server, visit):
 def test_nothing_scrolls_sideways_on_a_phone(server, visit):
     page = visit(server)
     live(page)
-    for view in ("overview", "playground", "finetuning", "models"):
+    for view in VIEWS:
         page.locator(f'.views a[href="#{view}"]').click()
-        for width in (360, 768):
+        for width in (320, 768):
             page.set_viewport_size({"width": width, "height": 800})
             expect(page.locator(f"#view-{view}")).to_be_visible()
             assert page.evaluate("document.documentElement.scrollWidth") == width, view

@@ -2,33 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-import pytest
-
-from running import Running, wait_for
+from running import wait_for
 from tokenloom.engine.latency_model import Features, LatencyModel
 from tokenloom.engine.scheduler import Plan, Scheduler
-from tuning_server import client_of, create, rows, say, start, steps_of, until, upload
-
-
-@pytest.fixture
-def begin(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[..., Running]]:
-    """Start a server on this test's home folder."""
-    monkeypatch.setenv("TOKENLOOM_HOME", str(tmp_path / "home"))
-    started: list[Running] = []
-
-    def again(**flags: Any) -> Running:
-        started.append(start(tiny_folder, **flags))
-        return started[-1]
-
-    yield again
-    for server in started:
-        server.stop()
+from tuning_server import client_of, create, rows, say, steps_of, until, upload
 
 
 def test_a_job_goes_on_when_the_loop_is_started_again(begin, monkeypatch):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import openai
@@ -21,21 +21,9 @@ from tuning_server import PROMPT, client_of, rows, say, start, steps_of, until, 
 
 
 @pytest.fixture
-def begin(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[..., Running]]:
-    """Start a server on this test's home folder; `begin()` again after `stop()` is a restart."""
-    monkeypatch.setenv("TOKENLOOM_HOME", str(tmp_path / "home"))
-    started: list[Running] = []
-
-    def again(**flags: Any) -> Running:
-        started.append(start(tiny_folder, drafting__persist=False, **flags))
-        return started[-1]
-
-    yield again
-    for server in started:
-        if server.thread.is_alive():
-            server.stop()
+def begin(begin: Callable[..., Running]) -> Callable[..., Running]:
+    """As elsewhere, on a server that keeps nothing of its drafters."""
+    return partial(begin, drafting__persist=False)
 
 
 def create(client: openai.OpenAI, epochs: int = 4, rate: float = 0.1, **knobs: Any) -> Any:

@@ -7,42 +7,14 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from busy_overview import busy
 from fake_engine import FakeEngine
 from running import Running, settings, wait_for
 from tokenloom.cli import app
-from tokenloom.engine.composition import Rows
-from tokenloom.engine.overview import BlocksOverview, Overview, RequestOverview, TrainingOverview
 from tokenloom.top import View, frame
 from tokenloom.top_cli import Watch, WatchError
 
 KV = "snapkv(budget=64)+pyramid()"
-
-
-def busy(now):
-    """Two requests, a job that trains, and three seconds of iterations before `now`."""
-    seen = [
-        RequestOverview(
-            "req-a",
-            "decode",
-            2.5,
-            0.2,
-            40,
-            16,
-            51,
-            12,
-            64,
-            1,
-            4,
-            "sailor",
-            "snapkv(budget=64)+pyramid()",
-            None,
-        ),
-        RequestOverview("req-\x1b[2Jb", "waiting", 0.5, None, 7, 0, 0, 0, None, 1, 0, None, None, "ngram()"),
-    ]
-    seconds = [
-        Rows(now - 3 + i, 10, prefill=20, decode=30, drafted=0, training=50, busy_ms=500) for i in range(3)
-    ]
-    return Overview(seen, 5, BlocksOverview(16, "rrrttcff"), [TrainingOverview(7, 1.25)], False, seconds)
 
 
 def drawn(view, **options):

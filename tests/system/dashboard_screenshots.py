@@ -131,7 +131,7 @@ def play(page: Page) -> None:
     page.get_by_label("KV method of B").fill("streaming(budget=64)")
     page.fill("#prompt", "Why do ships float? Answer in two sentences.")
     page.press("#prompt", "Enter")
-    page.wait_for_selector("#send:not([disabled])", timeout=120_000)
+    page.wait_for_selector("#send:not([aria-disabled=true])", timeout=120_000)
     page.locator(".column").first.locator(".token.p1").first.hover()
 
 

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from functools import partial
 
 from tokenloom.cache.policy import KVMethod
@@ -21,57 +21,16 @@ from tokenloom.engine.isolation import Isolation
 from tokenloom.engine.outputs import Delta, FinishReason, StepOutput
 from tokenloom.engine.overview import Overview, overview
 from tokenloom.engine.request import Request
-from tokenloom.engine.revival import Told, carry_over, successor
+from tokenloom.engine.revival import carry_over, successor
 from tokenloom.engine.sampling_params import SamplingParams
 from tokenloom.engine.state import EngineState, engine_state
 from tokenloom.engine.stats import EngineStats, TrainingCounter
+from tokenloom.engine.stream import Stream, put_all
 from tokenloom.engine.watchdog import Life, Watchdog
 from tokenloom.errors import EngineBusyError, EngineStoppedError, GenerationError, RequestError
 from tokenloom.logs import fields
 
 logger = logging.getLogger("tokenloom.engine")
-
-
-class Stream(AsyncIterator[StepOutput]):
-    """The outputs of one request as they come. Closing it, or losing it, aborts the request."""
-
-    def __init__(self, request: Request, abort: Callable[[str], None]) -> None:
-        self.request = request
-        self.request_id = request.request_id
-        self.told = Told()
-        self.failures = 0
-        """Of the engine's loop while it ran."""
-        self._abort = abort
-        self._loop = asyncio.get_running_loop()
-        self._outputs: asyncio.Queue[StepOutput] = asyncio.Queue()
-        self._done = False
-
-    def put(self, output: StepOutput) -> None:
-        """Called on the event loop's thread."""
-        self._outputs.put_nowait(output)
-
-    @property
-    def loop(self) -> asyncio.AbstractEventLoop:
-        return self._loop
-
-    async def __anext__(self) -> StepOutput:
-        if self._done:
-            raise StopAsyncIteration
-        output = await self._outputs.get()
-        self._done = output.finished
-        return output
-
-    async def aclose(self) -> None:
-        """Abort the request unless it has finished; the engine drops it before its next iteration."""
-        self._close()
-
-    def _close(self) -> None:
-        if not self._done:
-            self._done = True
-            self._abort(self.request_id)
-
-    def __del__(self) -> None:
-        self._close()
 
 
 class AsyncEngine:
@@ -93,9 +52,8 @@ class AsyncEngine:
         self._inbox: deque[Callable[[], StepOutput | None]] = deque()
         self._streams: dict[str, Stream] = {}
         self._wake = threading.Condition()
-        self._fence = (
-            threading.RLock()
-        )  # between a life that gives outputs and the next, which takes them over
+        # Between a life that gives outputs and the next, which takes them over.
+        self._fence = threading.RLock()
         self._num_queued = 0  # requests sent to the loop but not yet taken
         self._draining = False
         self._stopping = False
@@ -351,7 +309,7 @@ class AsyncEngine:
                     self._streams.pop(output.request_id, None)
         for loop, pairs in by_loop.items():
             with contextlib.suppress(RuntimeError):  # the event loop was closed: nobody listens any more
-                loop.call_soon_threadsafe(_put_all, pairs)
+                loop.call_soon_threadsafe(put_all, pairs)
 
     # -- when it fails ----------------------------------------------------------------------------------
 
@@ -412,8 +370,3 @@ class AsyncEngine:
 def _last_words(request: Request, reason: FinishReason, error: str | None) -> StepOutput:
     deltas = [Delta(i, "", [], finish_reason=reason, error=error) for i in range(request.params.n)]
     return StepOutput(request.request_id, deltas, finished=True)
-
-
-def _put_all(pairs: list[tuple[Stream, StepOutput]]) -> None:
-    for stream, output in pairs:
-        stream.put(output)

@@ -1,4 +1,4 @@
-"""How much of an iteration training gets: FlexLLM's hybrid token scheduler, and its rivals."""
+"""How much of an iteration training gets: FlexLLM's hybrid token scheduler."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 
 from tokenloom.batch import BatchBuilder
 from tokenloom.cache.block_pool import BlockPool, OutOfBlocks
@@ -15,6 +14,7 @@ from tokenloom.config import Settings
 from tokenloom.engine.composition import Composition, Iteration
 from tokenloom.engine.drafting import features_of
 from tokenloom.engine.latency_model import Features, LatencyModel, bisect_rows
+from tokenloom.engine.rivals import Rivals
 from tokenloom.engine.scheduler import Plan, Scheduler
 from tokenloom.engine.slo import Prompts, iteration_budget_ms
 from tokenloom.engine.training import Profiler, Training
@@ -24,8 +24,6 @@ logger = logging.getLogger("tokenloom.engine")
 
 PROFILE_WAIT_S = 600.0
 """Cells of the profile wait so long for a moment without requests, which they would make late."""
-SPATIAL_WAIT_S = 0.05
-DYNAMIC_BOUNDS = (32, 1024)
 DOUBT_AFTER = 64
 
 
@@ -58,18 +56,15 @@ class Coserver:
         self.composition = Composition()
         self.num_restarts = 0
         self._current: Training | None = None
-        self._record = Iteration(0.0)
+        self.record = Iteration(0.0)
+        """Of the iteration at hand."""
         self._features = Features()
         self._prefill_rows = 0
         self._profile_asked_s: float | None = None
         self._prompts = Prompts()
         self._prompts_done = 0  # by the iteration at hand
         self._skipped = 0  # iterations in a row in which training got nothing
-        self._since_pass = 0  # temporal sharing: inference iterations since the last training pass
-        self._every = settings.coserve.temporal_every
-        self._queue_before = 0
-        self._thread: ThreadPoolExecutor | None = None
-        self._unit: Future[None] | None = None
+        self.rivals = Rivals(self)
         scheduler.reclaim = self.reclaim
 
     # -- jobs -------------------------------------------------------------------------------------------
@@ -86,6 +81,12 @@ class Coserver:
         if self._current is training:
             self._current = None
 
+    def settle(self) -> None:
+        """Wait for the work that runs beside the engine's thread, if any; a job whose work failed is over."""
+        error = self.rivals.settle()
+        if error is not None and self._current is not None:
+            self.fail(self._current, error)
+
     @property
     def has_work(self) -> bool:
         return self.mode != "off" and any(t.slots_needed() is not None for t in self.trainings)
@@ -99,7 +100,7 @@ class Coserver:
                 return True
         return False
 
-    def _next(self) -> Training | None:
+    def next(self) -> Training | None:
         """The job whose turn it is, with a pass under way; jobs take turns, pass by pass."""
         if self._current is not None and self._current.slots_needed() == 0:
             return self._current
@@ -112,7 +113,7 @@ class Coserver:
             except OutOfBlocks:
                 continue
             except Exception as error:
-                self._fail(training, error)
+                self.fail(training, error)
                 continue
             # The next pass is another job's, where there is one.
             self.trainings.remove(training)
@@ -131,13 +132,14 @@ class Coserver:
                 f"one training pass needs {needed} blocks of {size} tokens and may have {allowed} of "
                 f"{self.pool.num_blocks} (ft.mem_frac, cache.kv_bytes): shorten max_seq_tokens or retain less"
             )
-            self._fail(training, error)
+            self.fail(training, error)
             return False
         busy = self.scheduler.has_work
         reserve = self.pool.num_blocks // 10 if busy else 0
         return not self.scheduler.waiting and self.pool.num_available - needed >= reserve
 
-    def _fail(self, training: Training, error: BaseException) -> None:
+    def fail(self, training: Training, error: BaseException) -> None:
+        """End a job for what its work raised."""
         if not isinstance(error, MemoryError):
             logger.exception("a training job failed", exc_info=error)
         if training in self.trainings:
@@ -154,11 +156,11 @@ class Coserver:
         Returns:
             How many training rows join the batch; `add_rows` adds them.
         """
-        self._record = Iteration(time.monotonic(), inference_rows=plan.num_rows)
+        self.record = Iteration(time.monotonic(), inference_rows=plan.num_rows)
         self._features = features_of(plan)
         drafted = sum(len(draft.tree) for draft in plan.drafts.values())
-        self._record.drafted_rows = plan.num_rows - sum(plan.rows.values())
-        self._record.prefill_rows = sum(
+        self.record.drafted_rows = plan.num_rows - sum(plan.rows.values())
+        self.record.prefill_rows = sum(
             rows for sequence, rows in plan.rows.items() if rows > 1 or not sequence.num_output
         )
         self._prefill_rows = plan.num_rows - drafted - sum(rows == 1 for rows in plan.rows.values())
@@ -171,15 +173,11 @@ class Coserver:
         try:
             if self.mode == "coserve":
                 return self._coserve(plan)
-            if self.mode == "spatial":
-                return self._spatial(plan)
-            if self.mode == "ft_only":
-                return self._alone()
-            return self._temporal(plan)
+            return self.rivals.before(plan)
         except Exception as error:
             if self._current is None:
                 raise
-            self._fail(self._current, error)
+            self.fail(self._current, error)
             return 0
 
     def add_rows(self, builder: BatchBuilder, rows: int) -> None:
@@ -187,19 +185,19 @@ class Coserver:
         assert self._current is not None
         self._features = self._features + self._current.forward_features(rows)
         self._current.add_rows(builder, rows)
-        self._record.train_rows = rows
+        self.record.train_rows = rows
 
     def after(self, rows: int, measured_ms: float) -> None:
         """The batch has run, with that many training rows."""
         if rows and self._current is not None:
             self._current.forward_done(rows)
         if self.latency is not None:
-            self._record.planned_ms += self.latency.planned(self._features)
+            self.record.planned_ms += self.latency.planned(self._features)
             self.latency.observe(self._features, measured_ms)
-        self._record.measured_ms += measured_ms
+        self.record.measured_ms += measured_ms
         self._record_done()
         if self._prefill_rows:
-            share = self._record.inference_rows / (self._record.inference_rows + rows)
+            share = self.record.inference_rows / (self.record.inference_rows + rows)
             self._prompts.add(self._prompts_done, share * measured_ms)
 
     def abandon(self) -> Training | None:
@@ -213,16 +211,16 @@ class Coserver:
     def blame(self, training: Training, error: BaseException) -> None:
         """Batches fail with this job's rows and run without them."""
         if training in self.trainings:
-            self._fail(training, error)
+            self.fail(training, error)
 
     def no_batch(self) -> None:
         """The iteration had no batch, only pieces."""
-        if self._record.piece_rows:
+        if self.record.piece_rows:
             self._record_done()
 
     def _record_done(self) -> None:
-        self.iterations.append(self._record)
-        self.composition.add(self._record)
+        self.iterations.append(self.record)
+        self.composition.add(self.record)
 
     # -- co-serving -------------------------------------------------------------------------------------
 
@@ -231,13 +229,13 @@ class Coserver:
             self._profile(plan)
         if self.latency is None:
             return 0
-        training = self._next()
+        training = self.next()
         if training is None:
             return 0
         budget = iteration_budget_ms(plan, self.scheduler, self.settings, self._prompts)
         base = self.latency.planned(self._features) if plan.rows else 0.0
         rows = self._fill(training, plan, budget - base, base)
-        if rows or self._record.piece_rows:
+        if rows or self.record.piece_rows:
             self._skipped = 0
             return rows
         self._skipped += 1
@@ -256,17 +254,17 @@ class Coserver:
         current: Training | None = training
         while current is not None:
             room = room_ms - (time.monotonic() - start) * 1e3
-            if room <= 0 or (self._record.piece_rows and self.arrivals()):
+            if room <= 0 or (self.record.piece_rows and self.arrivals()):
                 return 0
             if current.forward_left():
-                if self._record.piece_rows and not plan.rows:
+                if self.record.piece_rows and not plan.rows:
                     return 0  # the idle iteration has done its part; look for arrivals first
                 return self._rows_within(current, plan, base_ms + room)
             rows = self._piece_within(current, plan, room)
             if not rows:
                 return 0
-            self._run_piece(current, rows)
-            current = self._next()
+            self.run_piece(current, rows)
+            current = self.next()
         return 0
 
     def _rows_within(self, training: Training, plan: Plan, budget_ms: float) -> int:
@@ -298,18 +296,19 @@ class Coserver:
         if training.forward_left():
             room = self.settings.scheduler.max_batch_tokens - plan.num_rows
             return min(training.forward_left(), self.settings.ft.min_rows, room)
-        self._run_piece(training, min(training.piece_rows(), self.settings.ft.min_rows))
+        self.run_piece(training, min(training.piece_rows(), self.settings.ft.min_rows))
         return 0
 
-    def _run_piece(self, training: Training, rows: int) -> None:
+    def run_piece(self, training: Training, rows: int) -> None:
+        """Run a piece between two batches, and account for it."""
         features = training.piece_features(rows)
         start = time.monotonic()
         training.run_piece(rows)
         measured_ms = (time.monotonic() - start) * 1e3
-        self._record.piece_rows += features.bwd_rows + features.loss_rows
-        self._record.measured_ms += measured_ms
+        self.record.piece_rows += features.bwd_rows + features.loss_rows
+        self.record.measured_ms += measured_ms
         if self.latency is not None:
-            self._record.planned_ms += self.latency.planned(features)
+            self.record.planned_ms += self.latency.planned(features)
             self.latency.observe(features, measured_ms)
 
     def _profile(self, plan: Plan) -> None:
@@ -325,85 +324,6 @@ class Coserver:
             except Exception as error:  # without a profile nothing can be trained beside requests
                 self.profiler = None
                 for training in list(self.trainings):
-                    self._fail(training, error)
+                    self.fail(training, error)
             if self.latency is not None:
                 self.profiler = None
-
-    # -- the rivals -------------------------------------------------------------------------------------
-
-    def _alone(self) -> int:
-        """Only training: as large windows as the settings allow."""
-        ft, start = self.settings.ft, time.monotonic()
-        while (training := self._next()) is not None and not self.arrivals():
-            if training.forward_left():
-                return min(training.forward_left(), max(ft.max_fwd_tokens, ft.bwd_window))
-            self._run_piece(training, min(training.piece_rows(), ft.bwd_window))
-            if time.monotonic() - start > 0.5:
-                return 0
-        return 0
-
-    def _temporal(self, plan: Plan) -> int:
-        """A whole pass, forward and backward, each `every` iterations; nothing else runs meanwhile."""
-        self._since_pass += bool(plan.rows)
-        if plan.rows and self._since_pass < self._every:
-            return 0
-        training = self._next()
-        if training is None:
-            return 0
-        if self.mode == "dynamic_temporal":
-            self._adapt()
-        self._since_pass = 0
-        while training.slots_needed() == 0:
-            self._unit_of(training)
-        return 0
-
-    def _adapt(self) -> None:
-        """Twice as rare when the queue grows or a request is late, else twice as often (the rule is ours: the
-        paper does not print its own)."""
-        queue = len(self.scheduler.waiting)
-        plan = Plan({s: 1 for s in self.scheduler.running})
-        late = bool(plan.rows) and iteration_budget_ms(plan, self.scheduler, self.settings, Prompts()) < 0
-        low, high = DYNAMIC_BOUNDS
-        wanted = self._every * 2 if queue > self._queue_before or late else self._every // 2
-        self._every, self._queue_before = min(max(wanted, low), high), queue
-
-    def _spatial(self, plan: Plan) -> int:
-        """The same work in a thread of its own, beside inference and with no budget."""
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenloom-training")
-        if self._unit is not None:
-            if not self._unit.done():
-                if not plan.rows:
-                    self._wait(SPATIAL_WAIT_S)
-                return 0
-            self.settle()
-        training = self._next()
-        if training is not None:
-            self._unit = self._thread.submit(self._unit_of, training)
-        return 0
-
-    def _wait(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while self._unit is not None and not self._unit.done() and not self.arrivals():
-            if time.monotonic() > deadline:
-                return
-            time.sleep(0.001)
-
-    def settle(self) -> None:
-        """Wait for the work that runs beside the engine's thread, if any; a job whose work failed is over."""
-        unit, self._unit = self._unit, None
-        error = unit.exception() if unit is not None else None
-        if error is not None and self._current is not None:
-            self._fail(self._current, error)
-
-    def _unit_of(self, training: Training) -> None:
-        """A window of forward rows in a batch of its own, or one piece."""
-        if not training.forward_left():
-            self._run_piece(training, min(training.piece_rows(), self.settings.ft.bwd_window))
-            return
-        rows = min(training.forward_left(), self.settings.ft.max_fwd_tokens)
-        builder = BatchBuilder(self.decoder.device)
-        training.add_rows(builder, rows)
-        self.decoder.forward(builder.build(), self.kv)
-        training.forward_done(rows)
-        self._record.train_rows += rows

@@ -23,6 +23,7 @@ from tokenloom.engine.drafting import Drafting
 from tokenloom.engine.logits_processor import accept_token
 from tokenloom.engine.outputs import Delta, FinishReason, StepOutput, TokenLogprob
 from tokenloom.engine.prompt_rows import read_prompt_rows
+from tokenloom.engine.publish import publish
 from tokenloom.engine.request import Request, Sequence
 from tokenloom.engine.sampler import sample_each
 from tokenloom.engine.scheduler import Plan, Scheduler
@@ -149,13 +150,13 @@ class Engine:
         deltas = []
         for sequence in request.sequences:
             if sequence.finish_reason is None:
-                self._finish(sequence, reason)
+                self.finish(sequence, reason)
                 deltas.append(Delta(sequence.index, "", [], finish_reason=reason, error=error))
         deltas += [
             Delta(i, "", [], finish_reason=reason, error=error)
             for i in range(len(request.sequences), request.params.n)
         ]
-        self._close(request)
+        self.forget(request)
         return StepOutput(request_id, deltas, finished=True, cached_tokens=request.cached_tokens)
 
     @property
@@ -196,7 +197,7 @@ class Engine:
         with self.timer("publish"):
             if plan.drafts:
                 self.drafting.settle(plan, logits, hidden, None if train_rows else took_ms)
-            return self._publish(ready, gains)
+            return publish(self, ready, gains)
 
     def _advance(self, plan: Plan, batch: Batch, hidden: Tensor) -> list[Sequence]:
         """Account for the rows just computed; returns the sequences whose tokens are all computed."""
@@ -288,49 +289,6 @@ class Engine:
             sampling, rows = [sequence for sequence, _ in foretold], [row for _, row in foretold]
         return gains
 
-    def _publish(self, ready: list[Sequence], gains: dict[Sequence, Delta]) -> list[StepOutput]:
-        now = time.monotonic()
-        outputs: dict[str, StepOutput] = {}
-        for sequence in ready:
-            if not sequence.generates and sequence.finish_reason is None:
-                outputs[sequence.request.request_id] = self._publish_prompt_only(sequence)
-        for sequence, delta in gains.items():
-            request = sequence.request
-            output = outputs.get(request.request_id)
-            if output is None:
-                if request.request_id not in self.requests:
-                    continue  # another of its choices was at fault
-                output = StepOutput(request.request_id, [], cached_tokens=request.cached_tokens)
-                outputs[request.request_id] = output
-                if request.first_token_s is None:
-                    request.first_token_s = now
-                    self.counters.ttft.add(now - request.arrival_s, now)
-                    output.prompt_logprobs = request.prompt_logprobs
-                if request.draft is not None:
-                    output.drafts = request.drafts
-            output.deltas.append(delta)
-            if sequence.num_output > len(delta.token_ids):
-                self.counters.itl.add(now - sequence.last_token_s, now)
-            sequence.last_token_s = now
-            if sequence.finish_reason is not None:
-                self.drafting.close(sequence)
-            if request.finished and not output.finished:
-                output.finished = True
-                self._close(request)
-        return list(outputs.values())
-
-    def _publish_prompt_only(self, sequence: Sequence) -> StepOutput:
-        """The answer of a request that generates nothing: an embedding, or scores with max_tokens=0."""
-        request = sequence.request
-        self._finish(sequence, "length")
-        deltas = [Delta(i, "", [], finish_reason="length") for i in range(request.params.n)]
-        output = StepOutput(request.request_id, deltas, True, request.prompt_logprobs)
-        output.cached_tokens = request.cached_tokens
-        if request.hidden_sum is not None:
-            output.embedding = (request.hidden_sum / len(request.prompt)).tolist()
-        self._close(request)
-        return output
-
     def _extend(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> Delta:
         """Add a sampled token to its sequence and say what may be shown of it."""
         params = sequence.request.params
@@ -345,17 +303,17 @@ class Engine:
                 delta.text = sequence.text.push(token, sequence.num_output)[0]
             delta.text += sequence.text.finish()
             delta.stop_reason = None if is_end else token
-            self._finish(sequence, "stop")
+            self.finish(sequence, "stop")
         else:
             delta.text, delta.stop_reason = sequence.text.push(token, sequence.num_output)
             if delta.stop_reason is not None:
-                self._finish(sequence, "stop")
+                self.finish(sequence, "stop")
             elif complete:
                 delta.text += sequence.text.finish()
-                self._finish(sequence, "stop")
+                self.finish(sequence, "stop")
             elif sequence.num_output >= self.max_output(sequence.request):
                 delta.text += sequence.text.finish()
-                self._finish(sequence, "length")
+                self.finish(sequence, "length")
         delta.finish_reason = sequence.finish_reason
         return delta
 
@@ -389,13 +347,15 @@ class Engine:
 
     # -- the end of a request ---------------------------------------------------------------------------
 
-    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+    def finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        """End one choice and free what it holds."""
         sequence.finish_reason = reason
         self.scheduler.remove(sequence)
         if reason in ("abort", "error"):
             self.drafting.close(sequence)
 
-    def _close(self, request: Request) -> None:
+    def forget(self, request: Request) -> None:
+        """Account for a request, all of whose choices have ended."""
         del self.requests[request.request_id]
         self.counters.finished.append(RequestTiming.of(request, time.monotonic()))
 

@@ -101,6 +101,10 @@ class SafetensorsSource:
     def _open(self, file: Path) -> Any:
         if file not in self._files:
             try:
+                file.open("rb").close()  # safetensors calls a file that it may not read a missing one
+            except OSError as error:
+                raise ModelError(f"{file}: {error.strerror}") from error
+            try:
                 self._files[file] = safe_open(file, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"{file}: truncated or corrupt safetensors file ({error})") from error

@@ -8,8 +8,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from tokenloom.engine.async_engine import Stream
 from tokenloom.engine.request import Request
+from tokenloom.engine.stream import Stream
 
 CLIENT_GONE = 499
 """Status in logs where the client went away before an answer began (nginx's number)."""

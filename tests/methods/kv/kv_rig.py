@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from tiny_models import build_tiny
+from tokenloom.batch import BatchBuilder, SegmentKind
+from tokenloom.cache.block_table import BlockTable
 from tokenloom.config import load_settings
 from tokenloom.engine.engine import Engine
 from tokenloom.engine.outputs import Completion, RequestOutput, collect
@@ -21,8 +23,8 @@ BLOCK = 4
 
 
 def tiny_files(folder: Path, **overrides: Any) -> ModelFiles:
-    """A model of 3 layers, 4 query heads and 2 kv heads of width 16."""
-    path, _ = build_tiny(folder, "llama", torch.float32, num_hidden_layers=3, **overrides)
+    """A model of 3 layers (unless told otherwise), 4 query heads and 2 kv heads of width 16."""
+    path, _ = build_tiny(folder, "llama", torch.float32, **{"num_hidden_layers": 3, **overrides})
     return open_model(str(path))
 
 
@@ -85,3 +87,15 @@ def same(actual: RequestOutput, expected: RequestOutput, tolerance: float = 1e-9
 
 def text_of(seed: int, length: int) -> list[int]:
     return torch.randint(0, 200, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def dense_logprob(engine: Engine, kept: list[int], token: int) -> float:
+    """Of a token after these, at positions 0, 1, 2, ..."""
+    table, builder = BlockTable(engine.pool), BatchBuilder(engine.device)
+    table.grow(len(kept))
+    builder.add(
+        SegmentKind.PREFILL, kept, table.blocks, kv_start=0, block_size=BLOCK, contiguous=table.contiguous
+    )
+    hidden = engine.decoder.forward(builder.build(), engine.kv)
+    table.clear()
+    return float(engine.decoder.logits(hidden[-1:])[0].log_softmax(-1)[token])

@@ -8,18 +8,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from kv_rig import BLOCK, answer, bits, build_engine, request, run, same, text_of, tiny_files, tokens
-from tiny_models import build_tiny
-from tokenloom.batch import Batch, BatchBuilder, SegmentKind
-from tokenloom.cache.block_table import BlockTable
+from kv_rig import (
+    BLOCK,
+    answer,
+    bits,
+    build_engine,
+    dense_logprob,
+    request,
+    run,
+    same,
+    text_of,
+    tiny_files,
+    tokens,
+)
+from tokenloom.batch import Batch
 from tokenloom.cache.kv_cache import KVCache
-from tokenloom.engine.engine import Engine
 from tokenloom.engine.scheduler import Plan
 from tokenloom.errors import RequestError
 from tokenloom.kernels import get_kernels
 from tokenloom.methods.kv.rotation import turned
 from tokenloom.models.config import RopeConfig
-from tokenloom.models.loader import ModelFiles, open_model
+from tokenloom.models.loader import ModelFiles
 from tokenloom.models.rope import Rope
 
 SPEC = "streaming(budget=16, positions=cache)"
@@ -30,25 +39,12 @@ CONTEXT = 64
 def one_layer(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
     """Its keys depend on a token and its position alone: a dense run over some tokens is the truth."""
     folder = tmp_path_factory.mktemp("one")
-    path, _ = build_tiny(folder, "llama", torch.float32, num_hidden_layers=1, max_position_embeddings=CONTEXT)
-    return open_model(str(path))
+    return tiny_files(folder, num_hidden_layers=1, max_position_embeddings=CONTEXT)
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
     return tiny_files(tmp_path_factory.mktemp("llama"), max_position_embeddings=CONTEXT)
-
-
-def dense_logprob(engine: Engine, kept: list[int], token: int) -> float:
-    """Of a token after these, at positions 0, 1, 2, ..."""
-    table, builder = BlockTable(engine.pool), BatchBuilder(engine.device)
-    table.grow(len(kept))
-    builder.add(
-        SegmentKind.PREFILL, kept, table.blocks, kv_start=0, block_size=BLOCK, contiguous=table.contiguous
-    )
-    hidden = engine.decoder.forward(builder.build(), engine.kv)
-    table.clear()
-    return float(engine.decoder.logits(hidden[-1:])[0].log_softmax(-1)[token])
 
 
 @pytest.mark.parametrize("length", [10, 40])

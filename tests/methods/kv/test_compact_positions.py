@@ -5,17 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
-from kv_rig import BLOCK, answer, bits, build_engine, request, run, same, text_of, tiny_files, tokens
-from tiny_models import build_tiny
-from tokenloom.batch import BatchBuilder, SegmentKind
-from tokenloom.cache.block_table import BlockTable
-from tokenloom.engine.engine import Engine
+from kv_rig import (
+    answer,
+    bits,
+    build_engine,
+    dense_logprob,
+    request,
+    run,
+    same,
+    text_of,
+    tiny_files,
+    tokens,
+)
 from tokenloom.errors import RequestError
 from tokenloom.methods.kv.tokenselect import CompactPolicy
-from tokenloom.models.loader import ModelFiles, open_model
+from tokenloom.models.loader import ModelFiles
 
 CONTEXT = 64
 SPEC = "tokenselect(budget=24, n_init=2, n_local=6, chunk=8, theta=1.0, positions=compact)"
@@ -29,26 +35,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
 @pytest.fixture(scope="module")
 def one_layer(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
     """Its keys depend on a token and its position alone: a dense run over some tokens is the truth."""
-    path, _ = build_tiny(
-        tmp_path_factory.mktemp("one"),
-        "llama",
-        torch.float32,
-        num_hidden_layers=1,
-        max_position_embeddings=CONTEXT,
-    )
-    return open_model(str(path))
-
-
-def dense_logprob(engine: Engine, kept: list[int], token: int) -> float:
-    """Of a token after these, at positions 0, 1, 2, ..."""
-    table, builder = BlockTable(engine.pool), BatchBuilder(engine.device)
-    table.grow(len(kept))
-    builder.add(
-        SegmentKind.PREFILL, kept, table.blocks, kv_start=0, block_size=BLOCK, contiguous=table.contiguous
-    )
-    hidden = engine.decoder.forward(builder.build(), engine.kv)
-    table.clear()
-    return float(engine.decoder.logits(hidden[-1:])[0].log_softmax(-1)[token])
+    folder = tmp_path_factory.mktemp("one")
+    return tiny_files(folder, num_hidden_layers=1, max_position_embeddings=CONTEXT)
 
 
 @pytest.mark.parametrize("length", [20, 150])

@@ -39,7 +39,8 @@ const timeAxis = () =>
 
 /**
  * Areas on top of one another over time. `series` are `{name, color}` (a CSS variable), from the bottom up.
- * Returns `set(times, rows)`, rows being a list per series; `onHover(index or null)` follows the pointer.
+ * Returns `set(times, rows)`, rows being a list per series, and `point(index or null)`, which puts the pointer's line
+ * there; `onHover(index or null)` follows the pointer.
  */
 export function stacked(element, series, onHover) {
   const chart = draw(
@@ -62,11 +63,16 @@ export function stacked(element, series, onHover) {
     },
     [[], ...series.map(() => [])],
   );
-  return (times, rows) => {
+  function set(times, rows) {
     let below = times.map(() => 0);
     const sums = rows.map((row) => (below = row.map((value, i) => value + below[i])));
     chart.setData([times, ...sums]);
-  };
+  }
+  function point(index) {
+    chart.setCursor({ left: index === null ? -1 : chart.valToPos(chart.data[0][index], "x"), top: 0 }, false);
+    onHover(index);
+  }
+  return { set, point };
 }
 
 /**

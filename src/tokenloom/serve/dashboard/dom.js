@@ -19,6 +19,50 @@ export function say(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
+/** Greys a button out. Not by `disabled`, which would take the focus from whoever has just pressed it. */
+export const turnOff = (button, off) => button.setAttribute("aria-disabled", String(off));
+
+/** Puts new children into the place of those that differ; whoever reads or points at another is not disturbed. */
+export function patch(box, children) {
+  const old = [...box.children];
+  children.forEach((child, i) => {
+    if (!old[i]) box.append(child);
+    else if (old[i].isEqualNode(child)) return;
+    else if (child.localName === "tr") patch(old[i], [...child.cells]);
+    else old[i].replaceWith(child);
+  });
+  for (const rest of old.slice(children.length)) rest.remove();
+}
+
+const CALM_MS = 3000;
+const described = new WeakMap(); // what is to be told of an element, and of what
+
+/**
+ * Says in words what a picture shows, at a rate at which one can listen: a text that comes sooner waits. That of
+ * another `what` waits for nothing.
+ */
+export function describe(element, text, what = "") {
+  const waiting = described.get(element);
+  described.set(element, { text, what });
+  if (waiting?.what === what) return;
+  element.setAttribute("aria-label", text);
+  if (waiting) return;
+  setTimeout(() => {
+    const newest = described.get(element);
+    described.delete(element);
+    if (newest.text !== element.getAttribute("aria-label")) describe(element, newest.text, newest.what);
+  }, CALM_MS);
+}
+
+const MOST_SAID = 5;
+
+/** Tells whoever listens to the page, without an interruption, what others see happen. */
+export function announce(text) {
+  const box = byId("said");
+  box.append(h("p", { textContent: text }));
+  if (box.children.length > MOST_SAID) box.firstChild.remove();
+}
+
 const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 const short = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
 

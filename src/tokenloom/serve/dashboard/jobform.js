@@ -1,14 +1,42 @@
 // The form of a new job: uploads its files, then creates it.
 
 import { get, post } from "./api.js";
-import { byId, say } from "./dom.js";
+import { byId, say, turnOff } from "./dom.js";
 
 let onCreated = () => {};
+let creating = false;
+
+/** The input of a parameter that the server names. */
+const INPUTS = {
+  training_file: "training-file",
+  validation_file: "validation-file",
+  suffix: "suffix",
+  n_epochs: "epochs",
+  batch_size: "batch-size",
+  learning_rate: "learning-rate",
+  r: "rank",
+  seed: "job-seed",
+};
+
+/** Ties what is wrong to the input that it is about, beside the hint that it may have, or unties it. */
+function mark(input, wrong) {
+  const texts = (input.getAttribute("aria-describedby") ?? "").split(" ").filter((id) => id && id !== "job-problem");
+  input.setAttribute("aria-describedby", [...texts, ...(wrong ? ["job-problem"] : [])].join(" "));
+  input.setAttribute("aria-invalid", String(wrong));
+}
+
+/** Says what is wrong, beside the button and at its input; with "" that nothing is. */
+function complain(text, param) {
+  say(byId("job-problem"), text);
+  const wrong = INPUTS[param?.split(".").at(-1)];
+  for (const id of Object.values(INPUTS)) mark(byId(id), id === wrong);
+  if (wrong) byId(wrong).focus();
+}
 
 /** `created(id)` is called with the job's id. */
 export function openJobForm(created) {
   onCreated = created;
-  say(byId("job-problem"), "");
+  complain("");
   byId("job-dialog").showModal();
 }
 
@@ -42,17 +70,19 @@ async function create() {
 byId("job-cancel").addEventListener("click", () => byId("job-dialog").close());
 byId("job-form").addEventListener("submit", async (event) => {
   event.preventDefault();
-  const button = byId("job-create");
-  button.disabled = true;
-  say(byId("job-problem"), "");
+  if (creating) return;
+  creating = true;
+  turnOff(byId("job-create"), true);
+  complain("");
   try {
     const id = await create();
     byId("job-dialog").close();
     byId("job-form").reset();
     onCreated(id);
   } catch (error) {
-    say(byId("job-problem"), error.message);
+    complain(error.message, error.param);
   } finally {
-    button.disabled = false;
+    creating = false;
+    turnOff(byId("job-create"), false);
   }
 });

@@ -2,7 +2,7 @@
 
 import { get, post } from "./api.js";
 import { lines } from "./charts.js";
-import { byId, clock, count, h, say, seconds } from "./dom.js";
+import { announce, byId, clock, count, describe, h, patch, say, seconds } from "./dom.js";
 import { openJobForm } from "./jobform.js";
 
 const EVERY_MS = 1000;
@@ -21,11 +21,14 @@ let log = null;
 let setLoss = null;
 let visible = false;
 let told = "";
+const statuses = new Map(); // by job, as they were seen last
 
 const path = (id, rest = "") => `/v1/fine_tuning/jobs/${encodeURIComponent(id)}${rest}`;
+const inWords = (status) => status.replace("_", " ");
 const title = (job) => job.fine_tuned_model ?? job.metadata?.name ?? job.id;
 
 function note(text) {
+  if (text && byId("jobs-note").textContent !== text) announce(text);
   byId("jobs-note").hidden = !text;
   say(byId("jobs-note"), text);
 }
@@ -47,7 +50,7 @@ function showList() {
       "button",
       { type: "button", onclick: () => choose(id), "aria-current": id === chosen ? "true" : null },
       h("span", { className: "title", textContent: name }),
-      h("span", { className: "chip", "data-state": status, textContent: status.replace("_", " ") }),
+      h("span", { className: "chip", "data-state": status, textContent: inWords(status) }),
       h("span", { className: "sub", textContent: sub }),
     );
     button.dataset.job = id;
@@ -65,6 +68,11 @@ async function refresh() {
   } catch (error) {
     note(error.message);
     return;
+  }
+  for (const job of jobs) {
+    const before = statuses.get(job.id);
+    if (before && before !== job.status) announce(`Job ${title(job)}: ${inWords(job.status)}`);
+    statuses.set(job.id, job.status);
   }
   if (!chosen && jobs.length) chosen = jobs[0].id;
   if (chosen) await refreshLog();
@@ -129,13 +137,14 @@ function showJob() {
   say(byId("job-title"), title(job));
   byId("job-status").className = "chip";
   byId("job-status").dataset.state = job.status;
-  say(byId("job-status"), job.status.replace("_", " "));
+  say(byId("job-status"), inWords(job.status));
   showActions(job);
   showLoss();
   const { hyperparameters: numbers, training, lora, error } = job;
   const left = job.estimated_finish ? Math.max(0, job.estimated_finish - Date.now() / 1000) : null;
-  byId("job-facts").replaceChildren(
-    ...[
+  patch(
+    byId("job-facts"),
+    [
       fact("Step", log.total ? `${count(log.last)} of ${count(log.total)}` : log.last || null),
       fact("Time left", job.status === "running" && left !== null ? seconds(left) : null),
       fact("Tokens trained", job.trained_tokens === null ? null : count(job.trained_tokens)),
@@ -156,12 +165,14 @@ function showActions(job) {
   const now = `${job.id} ${wanted}`;
   if (box.dataset.now === now) return;
   box.dataset.now = now;
+  const focused = box.contains(document.activeElement);
   const names = { pause: "Pause", resume: "Resume", cancel: "Cancel" };
   box.replaceChildren(
     ...wanted.map((what) =>
       h("button", { type: "button", className: `small ${what === "cancel" ? "danger" : ""}`, textContent: names[what], onclick: () => act(job.id, what) }),
     ),
   );
+  if (focused) (box.firstElementChild ?? byId("job-title")).focus();
 }
 
 function showLoss() {
@@ -177,7 +188,8 @@ function showLoss() {
   );
   const first = log.steps.get(Math.min(...log.steps.keys()));
   const said = log.steps.size ? `from ${first.toFixed(3)} to ${train.toFixed(3)} after ${log.last} steps` : "no step is done yet";
-  byId("loss-chart").setAttribute("aria-label", `Training loss: ${said}`);
+  const checked = valid === null ? "" : `. Validation loss ${valid.toFixed(3)}`;
+  describe(byId("loss-chart"), `Training loss: ${said}${checked}`, log.id);
 }
 
 function showEvents() {

@@ -12,6 +12,7 @@ const VIEWS = ["overview", "playground", "finetuning", "models"];
 const STATES = { live: "Live", lost: "Connection lost", draining: "Stopping", connecting: "Connecting", paused: "Paused" };
 let paused = false;
 let newest = null;
+let shownView = "";
 
 function showView() {
   const [asked, query] = location.hash.slice(1).split("?");
@@ -22,6 +23,7 @@ function showView() {
     if (name === view) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
+  shownView = view;
   document.title = `${document.querySelector(`.views a[href="#${view}"]`).textContent} · tokenloom`;
   const model = new URLSearchParams(query).get("model");
   if (view === "playground" && model) tryModel(model);
@@ -43,6 +45,7 @@ function askForKey(problem, refused) {
   if (refused && refused !== sessionStorage.getItem("tokenloom-key")) return Promise.resolve(); // it is another by now
   asking ??= new Promise((resolve) => {
     say(byId("key-problem"), problem);
+    byId("key").setAttribute("aria-invalid", String(Boolean(problem)));
     const dialog = byId("key-dialog");
     byId("key-form").onsubmit = (event) => {
       event.preventDefault();
@@ -68,8 +71,12 @@ byId("key-dialog").addEventListener("cancel", (event) => event.preventDefault())
 onUnauthorized(askForKey);
 addEventListener("hashchange", () => {
   showView();
-  byId("main").focus({ preventScroll: true });
+  byId(`title-${shownView}`).focus({ preventScroll: true }); // which says where one is
   scrollTo(0, 0);
+});
+document.querySelector(".skip").addEventListener("click", (event) => {
+  event.preventDefault(); // the fragment is the view's name
+  byId("main").focus();
 });
 showView();
 follow((snapshot) => {

@@ -1,7 +1,7 @@
 // The models view, and the names that the playground offers.
 
 import { get } from "./api.js";
-import { byId, h } from "./dom.js";
+import { byId, h, patch } from "./dom.js";
 import { offerModels } from "./playground.js";
 
 let loaded = new Map(); // name to version, of the last snapshot
@@ -32,7 +32,7 @@ function row(model) {
 /** Asks for the models; `onError` gets what went wrong. */
 export async function showModels() {
   const { data } = await get("/v1/models");
-  byId("models").replaceChildren(...data.map(row));
+  patch(byId("models"), data.map(row));
   offerModels(data.map(({ id }) => id));
 }
 

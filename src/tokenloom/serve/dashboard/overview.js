@@ -1,7 +1,7 @@
 // The first view: what the engine does now.
 
 import { lines, stacked } from "./charts.js";
-import { byId, bytes, clock, count, h, ms, percent, rate, say, seconds } from "./dom.js";
+import { byId, bytes, clock, count, describe, h, ms, patch, percent, rate, say, seconds } from "./dom.js";
 import { drawMap } from "./kvmap.js";
 
 const SPAN_S = 120;
@@ -20,11 +20,13 @@ const totals = []; // [at_s, totals] of the last snapshots
 const latencies = { ttft: [], itl: [] };
 
 function tile(name) {
-  const value = h("p", { className: "value" });
+  const [figure, small] = [h("span"), h("small")];
+  const value = h("p", { className: "value" }, figure, small);
   const more = h("p", { className: "more" });
   byId("tiles").append(h("div", { className: "tile" }, h("p", { className: "name", textContent: name }), value, more));
   return (number, unit, text, mood = "") => {
-    value.replaceChildren(number, h("small", { textContent: unit ? ` ${unit}` : "" }));
+    say(figure, number);
+    say(small, unit ? ` ${unit}` : "");
     say(more, text);
     more.className = `more ${mood}`;
   };
@@ -76,19 +78,36 @@ byId("rows-legend").append(when);
 
 let shown = [];
 let hovered = null;
-const setRows = stacked(byId("rows-chart"), KINDS, (index) => {
+const rows = stacked(byId("rows-chart"), KINDS, (index) => {
   hovered = index;
   showLegend();
 });
+
+// What the pointer finds by hovering, the keyboard finds by a slider over the same seconds.
+const moment = byId("rows-moment");
+moment.max = SPAN_S - 1;
+const sayMoment = () => shown.length && moment.setAttribute("aria-valuetext", inWords(shown[moment.valueAsNumber]));
+moment.addEventListener("focus", () => {
+  moment.value = SPAN_S - 1;
+  sayMoment();
+});
+moment.addEventListener("input", () => {
+  rows.point(moment.valueAsNumber);
+  sayMoment();
+});
+moment.addEventListener("blur", () => rows.point(null));
+
+// An iteration counts where it ends, and may have begun before.
+const busy = (second) => percent(Math.min(1, second.busy_ms / 1000));
+const listed = (second) => KINDS.map(({ key, name }) => `${name} ${second[key]}`).join(", ");
+const inWords = (second) => `${clock(second.at_s)}: ${listed(second)}, busy ${busy(second)}`;
 
 function showLegend() {
   const at = hovered === null ? shown.length - 1 : hovered;
   const second = shown[at];
   if (!second) return;
   for (const { key } of KINDS) say(legendValues[key], count(second[key]));
-  // An iteration counts where it ends, and may have begun before.
-  const busy = percent(Math.min(1, second.busy_ms / 1000));
-  say(when, `${clock(second.at_s)} · ${count(second.iterations)} iterations, busy ${busy}`);
+  say(when, `${clock(second.at_s)} · ${count(second.iterations)} iterations, busy ${busy(second)}`);
 }
 
 function showRows(snapshot) {
@@ -97,28 +116,29 @@ function showRows(snapshot) {
     const at_s = last - SPAN_S + 1 + i;
     return history.get(at_s) ?? { ...NOTHING, at_s };
   });
-  setRows(
+  rows.set(
     shown.map(({ at_s }) => at_s),
     KINDS.map(({ key }) => shown.map((second) => second[key])),
   );
   showLegend();
-  const sums = KINDS.map(({ key, name }) => `${name} ${shown.reduce((sum, second) => sum + second[key], 0)}`);
-  byId("rows-chart").setAttribute("aria-label", `Rows of the last two minutes: ${sums.join(", ")}`);
+  const sums = Object.fromEntries(KINDS.map(({ key }) => [key, shown.reduce((sum, second) => sum + second[key], 0)]));
+  describe(byId("rows-chart"), `Rows at ${inWords(shown.at(-1))}. In the last two minutes: ${listed(sums)}`);
 }
 
 const QUANTILES = ["p50", "p90", "p99"];
 
 function latencyPanel(name, title) {
   const within = h("span");
-  const chart = h("div", { className: "chart", role: "img", "aria-label": `${title}: percentiles over time` });
+  const chart = h("div", { className: "chart", role: "img", "aria-label": title });
   const values = Object.fromEntries([...QUANTILES, "target"].map((key) => [key, h("dd")]));
   const pairs = Object.entries(values).map(([key, dd]) => h("div", {}, h("dt", {}, h("i", { className: `l-${key}` }), key), dd));
   byId("latency").append(
-    h("div", { className: "latency" }, h("p", { className: "head" }, h("b", { textContent: title }), within), chart, h("dl", {}, ...pairs)),
+    h("div", { className: "latency" }, h("div", { className: "head" }, h("h3", { textContent: title }), within), chart, h("dl", {}, ...pairs)),
   );
   const set = lines(
     chart,
-    [{ color: "--decode" }, { color: "--prefill" }, { color: "--training" }, { color: "--bad", dash: [5, 4] }],
+    // Told apart by their dashes, too.
+    [{ color: "--decode" }, { color: "--prefill", dash: [9, 3] }, { color: "--training", dash: [2, 3] }, { color: "--bad", dash: [5, 4] }],
   );
   return (latency) => {
     const past = latencies[name];
@@ -129,7 +149,9 @@ function latencyPanel(name, title) {
     set(past.map((point) => point.at_s), [...ys, past.map(() => target)]);
     for (const key of QUANTILES) say(values[key], ms(latency[`${key}_ms`]));
     say(values.target, ms(latency.target_ms));
-    say(within, latency.count ? `${percent(latency.within)} of ${count(latency.count)} on target` : "nothing in the last minute");
+    const share = latency.count ? `${percent(latency.within)} of ${count(latency.count)} on target` : "nothing in the last minute";
+    say(within, share);
+    describe(chart, `${title}: ${Object.entries(values).map(([key, dd]) => `${key} ${dd.textContent}`).join(", ")}; ${share}`);
     within.className = !latency.count ? "" : latency.within >= 0.95 ? "good" : "bad";
   };
 }
@@ -157,7 +179,7 @@ function showBlocks({ blocks }) {
   for (const [key] of BLOCKS) say(blockValues[key], count(blocks[key]));
   drawMap(byId("kv-map"), blocks.map);
   const parts = BLOCKS.map(([key, name]) => `${name} ${blocks[key]}`);
-  byId("kv-map").setAttribute("aria-label", `Map of the KV pool, ${blocks.total} blocks: ${parts.join(", ")}`);
+  describe(byId("kv-map"), `Map of the KV pool, ${blocks.total} blocks, ${percent(held)} in use: ${parts.join(", ")}`);
 }
 
 function requestRow(request) {
@@ -184,7 +206,7 @@ function requestRow(request) {
 }
 
 function showRequests(snapshot) {
-  byId("requests").replaceChildren(...snapshot.requests.map(requestRow));
+  patch(byId("requests"), snapshot.requests.map(requestRow));
   const more = snapshot.num_requests - snapshot.requests.length;
   say(byId("requests-count"), `${count(snapshot.running)} running, ${count(snapshot.waiting)} waiting${more > 0 ? `; ${count(more)} not shown` : ""}`);
   byId("no-requests").hidden = snapshot.num_requests > 0;

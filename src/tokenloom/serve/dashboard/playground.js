@@ -1,10 +1,11 @@
 // The playground: one message, answered in two columns that may differ in model and methods.
 
 import { events, get, send } from "./api.js";
-import { byId, count, h, ms, rate, say } from "./dom.js";
+import { announce, byId, count, h, ms, rate, turnOff } from "./dom.js";
 import { Answer, compare } from "./tokens.js";
 
 const ALTERNATIVES = 5;
+const MOST_SAID = 400; // characters of an answer that are read out
 let models = [];
 let wanted = null;
 let running = null;
@@ -24,6 +25,7 @@ class Column {
     this.element = h(
       "section",
       { className: "column coloured", "aria-label": `Answer ${letter}` },
+      h("h2", { className: "hidden", textContent: `Answer ${letter}` }),
       h("header", {}, h("span", { className: "letter", textContent: letter, "aria-hidden": "true" }),
         h("label", {}, "Model", this.model), h("label", {}, "KV method", this.kv), h("label", {}, "Draft", this.draft)),
       this.talk,
@@ -138,21 +140,27 @@ function settings() {
 
 async function ask(text) {
   running = new AbortController();
-  byId("send").disabled = true;
-  byId("stop").disabled = false;
-  say(byId("playground-said"), "Answering");
+  turnOff(byId("send"), true);
+  turnOff(byId("stop"), false);
+  announce("Answering");
   const asked = both();
   const answers = await Promise.all(asked.map((column) => column.ask(text, settings(), running.signal)));
-  if (answers.length === 2 && answers.every(({ text: said }) => said)) tellDifference(answers);
+  const same = answers.length === 2 && answers[0].text === answers[1].text && !answers[1].problem;
+  if (answers.length === 2 && answers.every(({ text: said }) => said)) tellDifference(answers, same);
   running = null;
-  byId("send").disabled = false;
-  byId("stop").disabled = true;
-  say(byId("playground-said"), "Answered");
+  turnOff(byId("send"), false);
+  turnOff(byId("stop"), true);
+  answers.forEach((answer, i) => announce(`Answer ${asked[i].letter}: ${i && same ? "same text as A" : inWords(answer)}`));
 }
 
-function tellDifference(answers) {
+/** What is read out once an answer is there: word by word as it is written nobody could listen. */
+function inWords({ text, problem }) {
+  const said = text.length > MOST_SAID ? `${text.slice(0, MOST_SAID)}… and more` : text;
+  return problem ? `${said} failed: ${problem}`.trim() : said;
+}
+
+function tellDifference(answers, same) {
   const known = answers.every(({ entries }) => entries.length);
-  const same = answers[0].text === answers[1].text;
   const at = known && !same ? compare(...answers) : 0;
   columns[1].note(same ? "Same text as A" : at ? `Parts from A at token ${at}` : "Another text than A");
 }

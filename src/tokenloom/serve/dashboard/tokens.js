@@ -1,10 +1,13 @@
 // An answer token by token: how likely each was, and what else was.
 
-import { h } from "./dom.js";
+import { byId, h } from "./dom.js";
 
 const STEPS = [0.1, 0.3, 0.6, 0.9];
+const GAP = 3;
+const LEAVE_MS = 200;
+let leaving = 0;
 const popup = h("div", { className: "alternatives", id: "alternatives", role: "tooltip", hidden: true });
-document.body.append(popup);
+byId("main").append(popup);
 
 /** A token's text with what cannot be seen made visible; bytes that are no text as such. */
 function shown({ token, bytes }) {
@@ -29,20 +32,30 @@ function show(token, entry) {
     ))),
   );
   popup.hidden = false;
+  clearTimeout(leaving);
   const box = token.getBoundingClientRect();
   const { offsetWidth: width, offsetHeight: height } = popup;
-  const below = box.bottom + 6 + height < innerHeight;
+  const below = box.bottom + GAP + height < innerHeight;
   popup.style.left = `${Math.max(8, Math.min(box.left, innerWidth - width - 8))}px`;
-  popup.style.top = `${below ? box.bottom + 6 : Math.max(8, box.top - height - 6)}px`;
+  popup.style.top = `${below ? box.bottom + GAP : Math.max(8, box.top - height - GAP)}px`;
   token.setAttribute("aria-describedby", "alternatives");
 }
 
 function hide(token) {
-  popup.hidden = true;
   token.removeAttribute("aria-describedby");
+  leave();
 }
 
-addEventListener("scroll", () => (popup.hidden = true), { capture: true, passive: true });
+const close = () => (popup.hidden = true);
+/** The pointer may go from a token to what is told of it. */
+function leave() {
+  clearTimeout(leaving);
+  leaving = setTimeout(close, LEAVE_MS);
+}
+popup.addEventListener("mouseenter", () => clearTimeout(leaving));
+popup.addEventListener("mouseleave", leave);
+addEventListener("keydown", ({ key }) => key === "Escape" && close());
+addEventListener("scroll", close, { capture: true, passive: true });
 
 /**
  * An answer as it is written. Without log-probabilities it is plain text; with them a span per token, of which one
@@ -54,6 +67,7 @@ export class Answer {
     this.tokens = [];
     this.entries = [];
     this.text = "";
+    this.problem = "";
     this.decoder = new TextDecoder();
     this.element.addEventListener("keydown", (event) => this.#move(event));
     for (const [enter, leave] of [["mouseover", "mouseout"], ["focusin", "focusout"]]) {
@@ -89,6 +103,7 @@ export class Answer {
   }
 
   fail(message) {
+    this.problem = message;
     if (!this.text) this.element.classList.add("failed");
     this.element.append(this.text ? ` [${message}]` : message);
   }
