@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--train-seconds", type=float, default=480.0)
     parser.add_argument("--pairs", type=int, default=64)
     parser.add_argument("--first-pairs", type=int, default=8, help="training begins with so many")
-    parser.add_argument("--rate", type=float, default=2e-3, help="of learning")
+    parser.add_argument("--rate", type=float, default=1e-3, help="of learning")
     parser.add_argument("--questions", type=int, default=8)
     parser.add_argument("--budget", default="grid", help="parts of the prompt, or grid")
     parser.add_argument("--samples", type=int, default=16)

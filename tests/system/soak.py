@@ -42,7 +42,7 @@ from server_process import ServerProcess
 COMMON = ["scheduler.max_running=16", "slo.tpot_ms=500", "slo.ttft_ms=5000"]
 PHASES = {
     "roomy": ["cache.kv_bytes=1073741824", "cache.prefix_caching=false", "scheduler.max_batch_tokens=8192"],
-    "pressed": ["cache.kv_bytes=268435456", "scheduler.max_batch_tokens=288"],
+    "pressed": ["cache.kv_bytes=150994944", "scheduler.max_batch_tokens=288"],
 }
 GROWTH, LEAST_MINUTES = 0.02, 10
 SAMPLE_S = 2.0

@@ -52,16 +52,22 @@ def _split(
     for group in groups.values():
         if len(group) < 2:
             continue
-        end = at + 1
-        while all(
-            (end + 1) * block_size <= s.num_before and s.blocks[end] == group[0].blocks[end] for s in group
-        ):
-            end += 1
+        end = _common_end(group, at + 1, block_size)
         start = begin
         if end - begin >= least:
             found.append(SharedPrefix(begin * block_size, end * block_size, group))
             start = end
         _split(group, start, end, block_size, least, found)
+
+
+def _common_end(group: list[KVSpan], at: int, block_size: int) -> int:
+    """Where the blocks that all have in common end; those before `at` are known to be."""
+    first, end = group[0].blocks, min(span.num_before for span in group) // block_size
+    for span in group[1:]:
+        # Rows of a tree have the same list; others are compared as a whole, since most agree to their end.
+        if span.blocks is not first and span.blocks[at:end] != first[at:end]:
+            end = next(i for i in range(at, end) if span.blocks[i] != first[i])
+    return end
 
 
 def attend_shared(
