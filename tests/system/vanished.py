@@ -4,8 +4,8 @@
 
 The client streams a long answer from another network namespace. Then the wire between them is cut, so that
 nothing comes back, no FIN and no RST. The run passes if the server gives the connection up within a few times
-`server.dead_peer_s`, with the answer's blocks free, while a client on loopback is answered as before. It does so
-twice: once while tokens are on their way, once for a connection that waits for its first token.
+`server.dead_peer_s`, with the answer's blocks free, while a client on loopback is answered as before. Twice:
+while tokens are on their way, and on a connection that waits for its whole answer.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from soak import report
 
 from server_process import ServerProcess
-from soak import report
 
 SPACE, OURS, THEIRS, SERVER = "tl-vanish", "tl-wire0", "tl-wire1", "10.213.77.1"
 MODEL = "smollm2-135m-instruct"
