@@ -58,7 +58,7 @@ def run(engine: Engine, prompts: list[list[int]], new: int, *, shared: bool) -> 
 
 def count_reads(engine: Engine, streams: int, prefix: int, own: int) -> dict[str, int]:
     """Keys, of one head each, that one layer's attention reads for one token of all streams."""
-    from tokenloom.kernels.cpu import keys_read
+    from tokenloom.kernels.native_arguments import keys_read
 
     size, config = engine.pool.block_size, engine.config
     common, own_blocks = prefix // size, -(-(own + 1) // size)

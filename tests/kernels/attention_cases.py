@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tokenloom.cache.kv_cache import KVCache
 from tokenloom.kernels import KVSpan, get_kernels, native
-from tokenloom.kernels.cpu import HEAD_DIMS, native_cache, span_table
+from tokenloom.kernels.cpu import HEAD_DIMS
+from tokenloom.kernels.native_arguments import native_cache, span_table
 
 TORCH = get_kernels("torch")
 ISAS = native.isas() if native is not None else []

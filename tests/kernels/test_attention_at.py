@@ -14,7 +14,8 @@ from torch import Tensor
 from attention_cases import BLOCK, ISAS, cache
 from tokenloom.cache.kv_cache import KVCache
 from tokenloom.kernels import get_kernels, native
-from tokenloom.kernels.cpu import HEAD_DIMS, native_cache
+from tokenloom.kernels.cpu import HEAD_DIMS
+from tokenloom.kernels.native_arguments import native_cache
 
 LAYERS = 3
 BACKENDS = ["torch", "reference", *(["cpu"] if native is not None else [])]

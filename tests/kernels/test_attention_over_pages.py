@@ -12,7 +12,8 @@ from torch import Tensor
 
 from attention_cases import BLOCK, ISAS, cache, in_float64
 from tokenloom.kernels import Pages, get_kernels, native
-from tokenloom.kernels.cpu import HEAD_DIMS, native_cache
+from tokenloom.kernels.cpu import HEAD_DIMS
+from tokenloom.kernels.native_arguments import native_cache
 from tokenloom.kernels.pages import attend_to_pages, page_index
 
 pytestmark = pytest.mark.skipif(native is None, reason="the native kernels were not built")

@@ -13,7 +13,7 @@ from torch import Tensor
 from attention_cases import ISAS, attend, cache, in_float64
 from tokenloom.cache.kv_cache import KVCache
 from tokenloom.kernels import KVSpan, get_kernels, native
-from tokenloom.kernels.cpu import native_cache
+from tokenloom.kernels.native_arguments import native_cache
 
 BLOCK = 4
 Case = tuple[Tensor, KVCache, list[KVSpan], list[KVSpan], "int | None"]

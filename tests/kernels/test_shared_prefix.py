@@ -13,7 +13,7 @@ from torch import Tensor
 from attention_cases import ISAS, TORCH, cache, in_float64, span
 from tokenloom.cache.kv_cache import KVCache
 from tokenloom.kernels import KVSpan, SharedPrefix, get_kernels, native
-from tokenloom.kernels.cpu import keys_read, native_cache, span_table
+from tokenloom.kernels.native_arguments import keys_read, native_cache, span_table
 from tokenloom.kernels.shared_prefix import shared_prefixes
 
 needs_native = pytest.mark.skipif(native is None, reason="the native kernels were not built")

@@ -5,36 +5,23 @@ What it has no kernel for (other dtypes, weights that are not packed) is the tor
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.dlpack import to_dlpack
 
 from tokenloom.cache.kv_cache import KVCache
-from tokenloom.kernels.interface import Attend, KVSpan, LayerWeights, ModelShape, Pages, SharedPrefix, Weight
+from tokenloom.kernels.fused import FusedLayers
+from tokenloom.kernels.interface import KVSpan, LayerWeights, ModelShape, Pages, SharedPrefix, Weight
 from tokenloom.kernels.native import native
+from tokenloom.kernels.native_arguments import SpanTable, capsule, native_cache, shared_table, span_table
 from tokenloom.kernels.packed import PackedWeight
 from tokenloom.kernels.torch_ops import SMALL_WEIGHT, TorchKernels
-
-if TYPE_CHECKING:
-    from tokenloom.batch import Batch, Bypass
-
-# For nanobind a tensor's own `__dlpack__` takes 4.5 µs, this 0.3.
-capsule = to_dlpack
 
 HEAD_DIMS = (8, 16, 32, 64, 80, 96, 128)
 MAX_GROUP = 64  # query heads per KV head
 TILE_ROWS = 128  # of float32 products in matrix tiles: with fewer BLAS is as fast
 FEW_ROWS = 4  # of float32 weights: from 8 rows on BLAS is as fast
-
-# As the native kernels number them.
-SITES = ("qkv", "o", "gate_up", "down")
-PLACES = ("input", "query", "residual", "gate_up", "attended", "log_sums")
-
-SpanTable = tuple[Tensor, Tensor]
 
 
 class CpuKernels(TorchKernels):
@@ -262,162 +249,12 @@ class CpuKernels(TorchKernels):
         return FusedLayers(shape, layers) if packed and fits else None
 
     def _span_table(self, spans: list[KVSpan]) -> SpanTable:
-        """What the kernels read of a batch's spans: int32 `[S, 4]` (start, length, kv_len, first block) and
-        all block ids. Layers of one batch pass the same list."""
+        """Made once for a batch: its layers pass the same list."""
         known, table = self._table
         if known is not spans:
             table = span_table(spans)
             self._table = (spans, table)
         return table
-
-
-class FusedLayers:
-    """All layers of a decoder in one call."""
-
-    def __init__(self, shape: ModelShape, layers: Sequence[LayerWeights]) -> None:
-        self.num_heads, self.num_kv_heads = shape.num_heads, shape.num_kv_heads
-        self.head_dim = shape.head_dim
-        self._native = native.Layers(
-            shape.hidden_size,
-            shape.intermediate_size,
-            shape.num_heads,
-            shape.num_kv_heads,
-            shape.head_dim,
-            shape.rms_norm_eps,
-        )
-        for layer in layers:
-            weights = []
-            for linear in (layer.qkv, layer.o, layer.gate_up, layer.down):
-                assert isinstance(linear.weight, PackedWeight)
-                format, data = linear.weight.format, linear.weight.data
-                weights.append(native.Weight(format.code, *linear.weight.shape, data, linear.bias))
-            qkv, o, gate_up, down = weights
-            self._native.add(
-                layer.input_norm,
-                qkv,
-                layer.q_norm,
-                layer.k_norm,
-                o,
-                layer.post_norm,
-                gate_up,
-                down,
-                layer.window or 0,
-            )
-
-    def __call__(
-        self, batch: Batch, kv: KVCache, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend | None = None
-    ) -> bool:
-        bypasses = []
-        for part in batch.bypasses:
-            loras = None if part.keep is not None else _native_loras(part.layers)
-            if loras is None:
-                return False
-            bypasses.append((part.rows.start, part.rows.stop, loras))
-        taps = []
-        for tap in batch.taps:
-            units = tap.units()
-            if units is None or kv.quantized:
-                return False
-            taps += [(PLACES.index(site), tap.rows.start, where) for site, where in units.items()]
-        table, blocks = span_table(batch.spans)
-        qkv, attend_to = None, None
-        if attend is not None:
-            qkv = torch.empty(len(x), (self.num_heads + 2 * self.num_kv_heads) * self.head_dim)
-            q = qkv[:, : self.num_heads * self.head_dim].unflatten(1, (self.num_heads, self.head_dim))
-
-            def attend_to(layer: int) -> Any:
-                return capsule(attend(layer, q).flatten(1))
-
-        self._native.forward(
-            capsule(x),
-            native_cache(kv),
-            capsule(cos),
-            capsule(sin),
-            capsule(batch.slots),
-            capsule(table),
-            capsule(blocks),
-            kv.block_size,
-            bypasses,
-            taps,
-            None if qkv is None else capsule(qkv),
-            attend_to,
-            torch.get_num_threads(),
-            shared_table(batch.spans, batch.shared),
-        )
-        return True
-
-
-def _native_loras(layers: Sequence[Mapping[str, Bypass]]) -> list[Any] | None:
-    """An adapter's bypasses by layer and site, None where it has none; None if one of them is not a LoRA."""
-    loras: list[Any] = []
-    for sites in layers:
-        for site in SITES:
-            bypass = sites.get(site)
-            if bypass is None:
-                loras.append(None)
-                continue
-            lora = bypass.low_rank
-            if lora is None or lora.a.dtype != torch.float32:
-                return None
-            if lora.native is None:
-                lora.native = native.LowRank(
-                    lora.a, [(b, out.start, float(scale)) for b, _, out, scale in lora.parts]
-                )
-            loras.append(lora.native)
-    return loras
-
-
-def span_table(spans: list[KVSpan]) -> SpanTable:
-    """See `CpuKernels._span_table`; tails are two more columns: length, and where in the blocks it begins."""
-    table: list[tuple[int, ...]] = []
-    lists: list[list[int]] = []
-    first = 0
-    for span in spans:
-        if lists and span.blocks is lists[-1]:  # rows of one draft share them
-            begin = first - len(span.blocks)
-        else:
-            begin = first
-            lists.append(span.blocks)
-            first += len(span.blocks)
-        table.append((span.start, span.length, span.kv_len, begin))
-    if any(span.tail for span in spans):
-        for i, span in enumerate(spans):
-            table[i] += (len(span.tail), first)
-            lists.append(span.tail)
-            first += len(span.tail)
-    blocks = np.fromiter((b for part in lists for b in part), np.int32, first)
-    columns = len(table[0]) if table else 4
-    return torch.from_numpy(np.array(table, np.int32).reshape(-1, columns)), torch.from_numpy(blocks)
-
-
-def shared_table(spans: Sequence[KVSpan], shared: Sequence[SharedPrefix]) -> SpanTable | None:
-    """What the kernels read of prefixes that spans share: int32 `[R, 3]` (begin, end, number of spans) and
-    the places in `spans` of those that share each; None: nothing is shared."""
-    if not shared:
-        return None
-    place = {span.start: i for i, span in enumerate(spans)}
-    table = [(prefix.begin, prefix.end, len(prefix.spans)) for prefix in shared]
-    members = [place[span.start] for prefix in shared for span in prefix.spans]
-    return torch.tensor(table, dtype=torch.int32), torch.tensor(members, dtype=torch.int32)
-
-
-def keys_read(
-    spans: list[KVSpan],
-    shared: Sequence[SharedPrefix],
-    block_size: int,
-    *,
-    num_heads: int,
-    num_kv_heads: int,
-) -> int:
-    """How many keys, of one head each, attention of these spans reads in one layer; as many values."""
-    table = shared_table(spans, shared)
-    return int(native.keys_read(*span_table(spans), block_size, 0, num_heads, num_kv_heads, table))
-
-
-def native_cache(kv: KVCache) -> Any:
-    if kv.native is None:
-        kv.native = native.KV(kv.keys, kv.values, kv.key_scales, kv.value_scales)
-    return kv.native
 
 
 def _reads_memory(x: Tensor, weight: Tensor) -> bool:
