@@ -22,7 +22,7 @@ SpanTable = tuple[Tensor, Tensor]
 
 def span_table(spans: list[KVSpan]) -> SpanTable:
     """What the kernels read of a batch's spans: int32 `[S, 4]` (start, length, kv_len, first block) and all
-    block ids. Where spans have tails there are two more columns: length, and where in the blocks it begins."""
+    block ids. Where spans have tails, two more columns: length, and where in the blocks it begins."""
     table: list[tuple[int, ...]] = []
     lists: list[list[int]] = []
     first = 0
