@@ -29,7 +29,7 @@ from tokenloom.errors import RequestError
 from tokenloom.methods.drafting import draft_method
 from tokenloom.methods.drafting.combination import Together
 from tokenloom.methods.drafting.draft_model import MOST_RESIDENT
-from tokenloom.methods.drafting.ngram import Ngram, NgramDrafter
+from tokenloom.methods.drafting.ngram import AGREEMENT, Ngram, NgramDrafter
 from tokenloom.models.loader import ModelFiles
 
 
@@ -49,6 +49,19 @@ def test_lookup_copies_what_followed_the_latest_place() -> None:
 
 def test_longer_matches_come_first() -> None:
     assert proposal("xbc1 bc2 xbc", tokens=1) == "1"
+
+
+def test_of_equal_matches_the_place_before_which_most_agrees_is_taken() -> None:
+    assert proposal("long ago abc1 dabc2 dabc3 so long ago abc", tokens=1) == "1"
+    assert proposal("xabc1 yabc2 zabc", tokens=1) == "2"
+
+
+def test_guesses_are_told_apart_by_how_much_of_the_text_agrees() -> None:
+    text = [ord(c) for c in "0abcdefgh 1abcd"]
+    tree = NgramDrafter(Ngram(tokens=3)).propose(text, 64)
+    assert tree.keys == [("ngram", 4), ("ngram", 5), ("ngram", 6)]
+    endless = NgramDrafter(Ngram(tokens=2)).propose([7] * 40, 64)
+    assert endless.keys == [("ngram", AGREEMENT)] * 2
 
 
 def test_a_loop_is_foretold_as_far_as_asked() -> None:

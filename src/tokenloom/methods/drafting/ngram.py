@@ -19,10 +19,11 @@ from tokenloom.methods.registry import method
 class Ngram:
     """Prompt lookup (Saxena, 2023, github.com/apoorvumang/prompt-lookup-decoding): the last `longest` tokens,
     else fewer, down to `shortest`, are looked for in prompt and answer; the tokens behind the latest place
-    are guessed.
+    are guessed, or, of the latest few, behind the one before which most agrees.
 
     A text that repeats itself is foretold for as long as is asked: guesses that run into the end go on with
-    what they began with.
+    what they began with. How many are worth their time is learned by how much of the text agrees: three
+    tokens that happen to stand elsewhere say little, the twentieth of a passage that is copied much.
 
     Parameters:
         tokens: most guesses of a pass (his default).
@@ -52,14 +53,22 @@ class Ngram:
         return NgramDrafter(self)
 
 
+AGREEMENT = 16
+"""More tokens than these that agree promise no more."""
+PLACES = 8
+"""Of so many latest places of the longest n-gram the one that agrees most is taken."""
+
+
 class NgramDrafter:
-    """The latest place of every n-gram, as an index that grows with the text."""
+    """The latest place of every n-gram, and of the longest those before it, as an index that grows with the
+    text. A place is where the token behind the n-gram is."""
 
     wants = 0
 
     def __init__(self, knobs: Ngram) -> None:
         self.knobs, self.fixed = knobs, knobs.fixed
         self._behind: dict[tuple[int, ...], int] = {}
+        self._earlier: dict[int, int] = {}
         self._indexed = 0
 
     def propose(self, tokens: list[int], most: int) -> Tree:
@@ -69,11 +78,26 @@ class NgramDrafter:
             at = self._behind.get(tuple(tokens[-size:]))
             if at is None:
                 continue
+            at, agree = self._best(tokens, at, size)
             period, parent = len(tokens) - at, -1
             for i in range(min(knobs.tokens, most)):
-                parent = tree.add(tokens[at + i % period], parent, ("ngram", size, i))
+                # Where it is tried, all guesses before it were right.
+                parent = tree.add(tokens[at + i % period], parent, ("ngram", min(agree + i, AGREEMENT)))
             break
         return tree
+
+    def _best(self, tokens: list[int], at: int, size: int) -> tuple[int, int]:
+        """Of the latest places of the last `size` tokens the one before which most agree, and how many do."""
+        best, most = at, _agreement(tokens, at, size)
+        for _ in range(PLACES - 1):
+            earlier = self._earlier.get(at) if size == self.knobs.longest else None
+            if earlier is None or most == AGREEMENT:
+                break
+            at = earlier
+            agree = _agreement(tokens, at, size)
+            if agree > most:
+                best, most = at, agree
+        return best, most
 
     glance = propose
     """What it finds differs from place to place in the text."""
@@ -82,7 +106,10 @@ class NgramDrafter:
         """Take in all n-grams that something follows."""
         for end in range(max(1, self._indexed), len(tokens)):
             for size in range(self.knobs.shortest, min(self.knobs.longest, end) + 1):
-                self._behind[tuple(tokens[end - size : end])] = end
+                gram = tuple(tokens[end - size : end])
+                if size == self.knobs.longest and gram in self._behind:
+                    self._earlier[end] = self._behind[gram]
+                self._behind[gram] = end
         self._indexed = len(tokens)
 
     def learn(self, verified: Verified) -> None:
@@ -90,3 +117,12 @@ class NgramDrafter:
 
     def close(self) -> None:
         """Nothing outlives the sequence."""
+
+
+def _agreement(tokens: list[int], at: int, known: int) -> int:
+    """How many tokens before `at` are those before the end, at most AGREEMENT; the last `known` are."""
+    end = len(tokens)
+    for n in range(known, min(AGREEMENT, at)):
+        if tokens[at - 1 - n] != tokens[end - 1 - n]:
+            return n
+    return max(known, min(AGREEMENT, at))
