@@ -60,7 +60,7 @@ class KVPolicy:
     def drop(self, cached: CachedTokens) -> None:
         """Free what need not be kept, after an iteration that computed rows of this sequence.
 
-        Where the pool has no block for it, OutOfBlocks passes through, and the next iteration asks again.
+        Where the pool has no block for it, OutOfBlocks passes through; it is asked again before the next row.
         """
 
     def shared_tokens(self, prompt_tokens: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Protocol
 
 import torch
@@ -212,8 +212,8 @@ class Engine:
                 sequence.publish_blocks(before)
             request = sequence.request
             try:
-                if sequence.policy is not None:
-                    self._drop_tokens(sequence)
+                with suppress(OutOfBlocks):  # the scheduler asks again
+                    sequence.drop_tokens()
                 if before < len(request.prompt) and request.reads_prompt_rows:
                     start = segment.span.start
                     read_prompt_rows(self.decoder, request, hidden[start : start + rows], before)
@@ -222,18 +222,6 @@ class Engine:
         for sequence, fault in faults:
             self.on_fault(sequence, fault)
         return ready
-
-    @torch.inference_mode()
-    def _drop_tokens(self, sequence: Sequence) -> None:
-        """Let a sequence's policy free what it will not read again."""
-        policy, cached = sequence.policy, sequence.cached
-        assert policy is not None and cached is not None
-        while True:
-            try:
-                return policy.drop(cached)
-            except OutOfBlocks:
-                if not self.scheduler.reclaim():
-                    return  # the next iteration asks again
 
     def _fork(self, plan: Plan, ready: list[Sequence]) -> tuple[list[Sequence], list[int]]:
         """Start the siblings of prompts that are now computed.

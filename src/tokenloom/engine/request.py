@@ -105,6 +105,8 @@ class Sequence:
         self.shape: SequenceShape | None = None
         self.policy: KVPolicy | None = None
         self.cached: CachedTokens | None = None
+        self.owes_drop = False
+        """Its policy could not let go of what will not be read again, for want of a block."""
         self.guessing: Guessing | None = None
         self.processors = [method.processor() for method in request.params.processors]
         self.failure: Exception | None = None
@@ -227,6 +229,20 @@ class Sequence:
             self.cached.clear()
         self.table.clear()
         self.num_computed = 0
+        self.owes_drop = False
+
+    @torch.inference_mode()
+    def drop_tokens(self) -> None:
+        """Let the policy free what will not be read again.
+
+        Raises:
+            OutOfBlocks: it needs more first; nothing has changed. No row may be computed before it is done:
+                it would read more than it does where there is room.
+        """
+        if self.policy is not None and self.cached is not None:
+            self.owes_drop = True
+            self.policy.drop(self.cached)
+            self.owes_drop = False
 
     def restart_kv(self) -> None:
         """Give all blocks back; every token waits to be computed again, under a policy that knows nothing."""
@@ -242,7 +258,7 @@ class Sequence:
         other.digests = list(self.digests)
         if self.policy is not None and self.cached is not None:
             other.shape, other.policy = self.shape, self.policy.fork()
-            other.cached = self.cached.fork(other.table)
+            other.cached, other.owes_drop = self.cached.fork(other.table), self.owes_drop
         return other
 
 

@@ -159,9 +159,14 @@ class Scheduler:
             return
         while True:
             try:
+                if sequence.owes_drop:
+                    sequence.drop_tokens()
                 self._claim_blocks(sequence, rows)
             except OutOfBlocks:
                 if self.reclaim():
+                    continue
+                if sequence.owes_drop and len(self.running) == 1:
+                    sequence.owes_drop = False  # there will never be room: better to read more than nothing
                     continue
                 victim = max(self.running, key=self._rank)
                 self._preempt(plan, victim)

@@ -16,6 +16,7 @@ from tokenloom.engine.engine import Engine
 from tokenloom.errors import TokenloomError
 from tokenloom.finetune.checkpoint import latest_state, save_state
 from tokenloom.finetune.errors import StorageFullError
+from tokenloom.finetune.heap import give_back
 from tokenloom.finetune.local import new_adapter
 from tokenloom.finetune.product import LoraProduct, Product, Products, resolved
 from tokenloom.finetune.profiler import EngineProfiler, stored_profile
@@ -216,6 +217,9 @@ class _Run:
             end = self._handle(event)
             if end is not None:
                 return end
+            if isinstance(event, _Checkpoint | _Save):
+                del event  # a snapshot is several times the size of an adapter
+                give_back()
 
     def _begin(self, trainer: StepTrainer) -> None:
         """On the engine's thread: join the jobs that train, and see to it that latencies can be foretold."""

@@ -367,6 +367,38 @@ def test_a_ring_goes_on_dropping_the_oldest_after_blocks_were_short(
     assert sequence.cached.length == 12
 
 
+@pytest.mark.parametrize("spec", ["streaming(budget=12)", "snapkv(budget=24, window=8)"])
+def test_who_cannot_drop_for_want_of_blocks_reads_no_more_for_it(
+    files: ModelFiles, monkeypatch: pytest.MonkeyPatch, spec: str
+) -> None:
+    """It waits, or is computed again: the answer is that of an engine with room."""
+    undisturbed = bits(answer(build_engine(files, model__backend="reference"), PROMPT, spec))
+    engine = build_engine(files, model__backend="reference")
+    found: list[tuple[int, float]] = []
+
+    def step() -> None:
+        for output in engine.step():
+            entries = [e for delta in output.deltas for e in delta.logprobs or []]
+            found.extend((e.token_id, e.logprob) for e in entries if output.request_id == "poor")
+
+    engine.add(request(text_of(3, 20), name="other", max_tokens=30))
+    step()
+    engine.add(request(PROMPT, spec, name="poor"))
+    while len(engine.scheduler.running) < 2:
+        step()
+
+    def short(cached: object) -> None:
+        raise OutOfBlocks
+
+    policy = engine.scheduler.running[1].policy
+    assert policy is not None
+    monkeypatch.setattr(policy, "drop", short)
+    while engine.has_work:
+        step()
+    assert engine.stats().preemptions > 0
+    assert [found] == undisturbed
+
+
 def test_policies_are_made_when_a_sequence_begins_not_when_it_ends(
     files: ModelFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
