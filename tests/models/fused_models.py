@@ -37,10 +37,10 @@ IDS = torch.randint(0, 200, (40,), generator=torch.Generator().manual_seed(1)).t
 class Runner:
     decoder: Decoder
 
-    def cache(self, dtype: torch.dtype = torch.float32) -> KVCache:
+    def cache(self, dtype: torch.dtype = torch.float32, num_blocks: int = 64) -> KVCache:
         config = self.decoder.config
         sizes = (config.num_layers, config.num_kv_heads, config.head_dim)
-        return KVCache(*sizes, num_blocks=64, block_size=BLOCK, dtype=dtype, device=CPU)
+        return KVCache(*sizes, num_blocks=num_blocks, block_size=BLOCK, dtype=dtype, device=CPU)
 
     def forward(self, batch: Batch, kv: KVCache) -> Tensor:
         return self.decoder.logits(self.decoder.forward(batch, kv))

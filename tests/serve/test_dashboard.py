@@ -84,7 +84,7 @@ def test_a_refused_message_is_told_in_the_servers_words(server, visit):
 
 def test_a_job_is_started_watched_paused_resumed_and_cancelled(server, visit, tmp_path):
     file = tmp_path / "rows.jsonl"
-    file.write_bytes(rows(12))
+    file.write_bytes(rows(90))  # more steps than are done meanwhile
     page = visit(server, "#finetuning")
     page.get_by_role("button", name="New job").click()
     page.set_input_files("#training-file", file)
