@@ -114,7 +114,7 @@ def check_mix(
 
 
 relaxed = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=18, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
@@ -197,7 +197,7 @@ def test_reference_backend_is_bit_identical_in_any_batch(
 
 
 @pytest.mark.skipif(native is None, reason="the native kernels were not built")
-@settings(relaxed, max_examples=15)
+@settings(relaxed, max_examples=10)
 @given(mixes(), st.integers(3, 30), st.sampled_from(["q8", "q4"]), st.sampled_from(["auto", "int8"]))
 def test_packed_weights_are_bit_identical_in_any_batch(
     files: ModelFiles, mix: Any, rows: int, quantize: str, kv_dtype: str

@@ -35,7 +35,7 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(ragged(), st.sampled_from(ISAS))
 def test_attention_equals_torch(case: Case, isa: str) -> None:
     native.use_isa(isa)
@@ -102,7 +102,7 @@ def cut_prompts(draw: st.DrawFn) -> tuple[Case, list[int]]:
     return case, pieces
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(cut_prompts(), st.sampled_from(ISAS))
 def test_attention_is_the_same_bits_in_whatever_pieces_a_prompt_comes(
     cut: tuple[Case, list[int]], isa: str

@@ -119,7 +119,7 @@ def test_a_block_that_a_row_does_not_read_whole_is_not_shared() -> None:
     assert covered(tree.spans, tree.shared) == {0: [(0, 4)], 1: [(0, 4)]}
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(trees())
 def test_prefixes_are_whole_blocks_that_all_rows_read_without_gaps(tree: Tree) -> None:
     size = tree.kv.block_size
@@ -147,7 +147,7 @@ def test_torch_equals_separate_attention_in_float32(tree: Tree) -> None:
 
 
 @needs_native
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(trees(), st.sampled_from(ISAS))
 def test_native_equals_separate_attention(tree: Tree, isa: str) -> None:
     native.use_isa(isa)
@@ -156,7 +156,7 @@ def test_native_equals_separate_attention(tree: Tree, isa: str) -> None:
 
 
 @needs_native
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(trees(least=17), st.sampled_from(ISAS))
 def test_native_gives_the_bits_of_separate_attention_in_any_number_of_threads(tree: Tree, isa: str) -> None:
     native.use_isa(isa)
