@@ -1,6 +1,6 @@
 """The Dockerfile's steps without Docker: built on top of this machine's own system, and served from there.
 
-    python tests/system/image_steps.py [--build-arg TORCH_INDEX=https://pypi.org/simple]
+    python tests/system/image_steps.py [--build-arg TORCH_INDEX=URL]
 
 Needs Linux and root, and nothing is left behind: each stage is an overlay over `/` in memory (some 4 GB), in
 mount, process and network namespaces of its own. Every RUN, COPY and ENV is done as it stands there; then the
