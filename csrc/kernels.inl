@@ -25,7 +25,7 @@ constexpr int ROW_BLOCK = 128;  // activation rows that stay in the L2 cache whi
 constexpr int STRIP = 2;
 constexpr int ROW_BLOCK = 64;
 #endif
-constexpr int PREFETCH = 2048;  // bytes of weights, asked for before the first rows meet them
+constexpr int PREFETCH = 2048;  // bytes of weights ahead, asked for while others are unpacked
 constexpr int PIECES = 16;      // pieces per thread, so that nobody waits long for the last
 constexpr int FEW_PIECES = 4;   // with so few rows memory is what limits, and long runs of weights read faster
 

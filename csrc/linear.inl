@@ -121,7 +121,8 @@ inline void add_block(Floats& acc, Ints products, Floats d, float scale, float s
     acc += d * value;
 }
 
-// Weight rows of one group or two times M activation rows; the order of summation does not depend on M, nor on the
+// Weight rows of one group or two times M activation rows. `ahead`: so many bytes from each group on are the weights
+// that follow, which are asked for meanwhile; 0: nothing is. The order of summation does not depend on M, nor on the
 // number of groups, so a row's result is the same in any batch.
 template <Format F, int M, class Groups>
 inline void tile(Groups weights, int blocks, const Activations& x, int row, int ahead,

@@ -212,8 +212,9 @@ class Engine:
                 sequence.publish_blocks(before)
             request = sequence.request
             try:
-                with suppress(OutOfBlocks):  # the scheduler asks again
-                    sequence.drop_tokens()
+                if sequence.policy is not None:
+                    with suppress(OutOfBlocks):  # the scheduler asks again
+                        sequence.drop_tokens()
                 if before < len(request.prompt) and request.reads_prompt_rows:
                     start = segment.span.start
                     read_prompt_rows(self.decoder, request, hidden[start : start + rows], before)

@@ -86,21 +86,22 @@ class NgramDrafter:
             break
         return tree
 
+    glance = propose
+    """What it finds differs from place to place in the text."""
+
     def _best(self, tokens: list[int], at: int, size: int) -> tuple[int, int]:
         """Of the latest places of the last `size` tokens the one before which most agree, and how many do."""
         best, most = at, _agreement(tokens, at, size)
+        if size < self.knobs.longest:
+            return best, most
         for _ in range(PLACES - 1):
-            earlier = self._earlier.get(at) if size == self.knobs.longest else None
-            if earlier is None or most == AGREEMENT:
+            if at not in self._earlier or most == AGREEMENT:
                 break
-            at = earlier
+            at = self._earlier[at]
             agree = _agreement(tokens, at, size)
             if agree > most:
                 best, most = at, agree
         return best, most
-
-    glance = propose
-    """What it finds differs from place to place in the text."""
 
     def _index(self, tokens: list[int]) -> None:
         """Take in all n-grams that something follows."""
