@@ -15,6 +15,8 @@ from torch import Tensor
 
 from faults import POISON, answer, answers, healthy_answers, make, params, patch_forward, settled
 from tokenloom.engine.async_engine import AsyncEngine
+from tokenloom.engine.engine import Engine
+from tokenloom.engine.revival import successor
 from tokenloom.engine.scheduler import Plan, Scheduler
 from tokenloom.errors import EngineStoppedError
 
@@ -89,6 +91,35 @@ async def test_methods_tiers_and_policies_begin_again_with_it(
 
     schedule(fault)
     assert await answers(target, [], **methods) == expected
+    await closed(target, 1)
+
+
+async def test_requests_that_come_while_the_loop_is_started_again_wait_for_it(
+    folder: Path, healthy: list[Any], schedule: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    came, begun = threading.Event(), threading.Event()
+
+    def fault(scheduler: Scheduler, count: int) -> None:
+        if count == 1:
+            raise SystemExit("the thread is gone")
+
+    def slowly(engine: Engine, *, deserted: bool) -> Engine:
+        begun.set()
+        assert came.wait(20)
+        return successor(engine, deserted=deserted)
+
+    schedule(fault)
+    monkeypatch.setattr("tokenloom.engine.async_engine.successor", slowly)
+    target = make(folder)
+    target.start()
+    first = asyncio.create_task(answer(target, [20], 9))
+    assert await asyncio.to_thread(begun.wait, 20)
+    assert not target.ready
+    others = asyncio.create_task(answers(target, [], n=2))
+    await asyncio.sleep(0)
+    came.set()
+    assert await others == healthy
+    assert (await first)[2] == ["length"]
     await closed(target, 1)
 
 
@@ -182,8 +213,6 @@ async def test_a_request_with_which_the_loop_dies_twice_is_not_tried_again(
     target = make(folder)
     target.start()
     assert (await answer(target, [POISON, 3], 9))[2] == ["error"]
-    while not target.ready:
-        await asyncio.sleep(0.01)
     assert await answers(target, [], n=2) == healthy
     await closed(target, 2)
 

@@ -68,7 +68,7 @@ class AsyncEngine:
 
     def start(self) -> None:
         """Start the loop; does nothing if it runs."""
-        if self._life.thread is not None:
+        if self._life.started:
             return
         # The loop holds the GIL for microseconds at a time between torch calls; with the default
         # interval of 5 ms a busy HTTP thread would stall each of them for that long.
@@ -181,9 +181,9 @@ class AsyncEngine:
         raise EngineStoppedError(f"request {request_id} was aborted")
 
     def _submit(self, request: Request) -> Stream:
-        if not self.ready:
-            stopped = "the engine stopped" if self.failed else "the engine is starting again"
-            raise EngineStoppedError("the server is shutting down" if self._draining else stopped)
+        # While the loop is started again requests wait in the inbox for the next one.
+        if self._draining or self.failed or not self._life.started:
+            raise EngineStoppedError("the server is shutting down" if self._draining else "the engine stopped")
         if self.settings.coserve.mode == "ft_only":
             raise EngineStoppedError("coserve.mode is ft_only: this server trains and answers no requests")
         waiting = self._num_queued + len(self.engine.scheduler.waiting)
@@ -199,6 +199,8 @@ class AsyncEngine:
         with self._wake:
             self._num_queued += 1
         self._send(partial(self._take, request))
+        if self.failed:  # meanwhile: whoever ended the others may not have seen this one
+            self._end_all()
         return stream
 
     def run(self, command: Callable[[], None]) -> None:
@@ -260,7 +262,7 @@ class AsyncEngine:
         try:
             while not (self._stopping or life.over):
                 life.beats, life.busy = life.beats + 1, True
-                outputs = self._obey()
+                outputs = self._obey(life)
                 life.trained.count()  # jobs that have just come or gone
                 if life.isolation.has_work:
                     outputs += life.isolation.step()
@@ -275,13 +277,13 @@ class AsyncEngine:
             logger.exception("the engine's loop failed")
             self._begin_again(life, error, False)
         if self._stopping and not life.over:
-            self._obey()
+            self._obey(life)
             self._end_all()
             logger.info("the engine loop ended")
 
-    def _obey(self) -> list[StepOutput]:
+    def _obey(self, life: Life) -> list[StepOutput]:
         outputs = []
-        while self._inbox:
+        while self._inbox and not life.over:
             command = self._inbox.popleft()
             try:
                 output = command()
@@ -335,8 +337,9 @@ class AsyncEngine:
                 self.engine = successor(life.engine, deserted=deserted)
                 self.engine.counters.restarts += 1
                 self._carry_over(running)
-                self._life = self._new_life()
-                self._start(self._life)
+                heir = self._new_life()
+                self._start(heir)
+                self._life = heir
             except Exception as error:
                 logger.exception("the engine's loop cannot be started again")
                 self._give_up(error)

@@ -34,6 +34,10 @@ class Life:
     """Another life has taken its place: whatever it still does is nobody's business."""
 
     @property
+    def started(self) -> bool:
+        return self.thread is not None
+
+    @property
     def alive(self) -> bool:
         return not self.over and self.thread is not None and self.thread.is_alive()
 
