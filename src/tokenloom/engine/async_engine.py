@@ -181,9 +181,10 @@ class AsyncEngine:
         raise EngineStoppedError(f"request {request_id} was aborted")
 
     def _submit(self, request: Request) -> Stream:
-        # While the loop is started again requests wait in the inbox for the next one.
-        if self._draining or self.failed or not self._life.started:
-            raise EngineStoppedError("the server is shutting down" if self._draining else "the engine stopped")
+        if self._draining:
+            raise EngineStoppedError("the server is shutting down")
+        if self.failed or not self._life.started:  # one that is started again finds them in the inbox
+            raise EngineStoppedError("the engine stopped")
         if self.settings.coserve.mode == "ft_only":
             raise EngineStoppedError("coserve.mode is ft_only: this server trains and answers no requests")
         waiting = self._num_queued + len(self.engine.scheduler.waiting)
