@@ -6,7 +6,7 @@
 // pieces of PIECE_KEYS, and these are folded together one after another.
 
 static_assert(PIECE_KEYS % KEY_BLOCK == 0);
-constexpr int FEW_QUERIES = WIDE / 2;
+constexpr int FEW_QUERIES = WIDE == 16 ? 12 : 4;
 constexpr int ROWS_AT_ONCE = WIDE == 16 ? 8 : 4;  // sums of so many rows times two vectors fit the registers
 
 // Where in the cache the keys of a span lie, counted in heads.
@@ -57,22 +57,15 @@ void gather(const size_t* index, int count, const void* data, const float* scale
     }
 }
 
-// acc = acc * decay + the sum of p[j] * rows[j], in parts that fit the registers.
-template <int D>
-inline void add_values(const float* const* rows, const float* p, int low, int high, float decay, float* acc) {
-    constexpr int PART = D % 64 == 0 ? 64 : D % 32 == 0 ? 32 : D % 16 == 0 ? 16 : 8, V = PART / 8;
-    for (int part = 0; part < D; part += PART) {
-        f32x8 sums[V];
-        TOKENLOOM_UNROLL
-        for (int v = 0; v < V; ++v) sums[v] = rounded(load(acc + part + 8 * v) * splat(decay));
-        for (int j = low; j < high; ++j) {
-            const f32x8 weight = splat(p[j]);
-            const float* row = rows[j] + part;
-            TOKENLOOM_UNROLL
-            for (int v = 0; v < V; ++v) sums[v] += weight * load(row + 8 * v);
-        }
-        TOKENLOOM_UNROLL
-        for (int v = 0; v < V; ++v) store(acc + part + 8 * v, sums[v]);
+// `f(lanes, vectors, part)` for all parts of D, of MOST vectors each where that divides it.
+template <int D, int MOST = 2, class Function>
+inline void each_part(Function&& f) {
+    if constexpr (D % (MOST * WIDE) == 0) {
+        for (int part = 0; part < D; part += MOST * WIDE) f(f32xw{}, std::integral_constant<int, MOST>(), part);
+    } else if constexpr (D % 16 == 0) {
+        for (int part = 0; part < D; part += 16) f(f32x8{}, std::integral_constant<int, 2>(), part);
+    } else {
+        for (int part = 0; part < D; part += 8) f(f32x8{}, std::integral_constant<int, 1>(), part);
     }
 }
 
@@ -80,7 +73,8 @@ inline void add_values(const float* const* rows, const float* p, int low, int hi
 // far and the sum of the weights, in this piece and in those before it.
 template <int D>
 struct Attending {
-    alignas(64) float query[MOST_QUERIES * D];  // times 1 / sqrt(D); [queries, D], or [D, MOST_QUERIES] for many
+    alignas(64) float query[MOST_QUERIES * D];  // [queries, D], times 1 / sqrt(D)
+    alignas(64) float columns[D * MOST_QUERIES];  // the same as columns, for many
     alignas(64) float acc[MOST_QUERIES * D];
     alignas(64) float folded[MOST_QUERIES * D], folded_most[MOST_QUERIES], folded_total[MOST_QUERIES];
     alignas(64) float scores[MOST_QUERIES * KEY_BLOCK];
@@ -90,52 +84,127 @@ struct Attending {
     const float* rows[KEY_BLOCK];
 };
 
-// Few queries: each key meets each query lane by lane.
-template <int D>
-void score_few(Attending<D>& a, int queries, int first) {
-    for (int i = 0; i < queries; ++i) {
-        const float* x = a.query + i * D;
-        // Or the compiler copies all eight keys to the stack, since they are the same for each query.
-        asm("" ::: "memory");
-        f32x8 products[8];
+// Which queries of a task meet keys.
+struct Queries {
+    int begin, end;
+    bool many;
+};
+
+// Few queries: each key meets each query lane by lane. Sums of so many queries fit the registers.
+constexpr int FEW_AT_ONCE = WIDE == 16 ? 4 : 1;
+
+template <int D, int Q>
+inline void score_few(const float* const* rows, const float* query, float* scores) {
+    constexpr int V = 8 / LOADED;  // vectors of eight keys' products
+    f32xw products[Q][V];
+    TOKENLOOM_UNROLL
+    for (int q = 0; q < Q; ++q) {
+        for (int v = 0; v < V; ++v) products[q][v] = f32xw{};
+    }
+    // Or the compiler copies all eight keys to the stack, since they are the same for each query.
+    asm("" ::: "memory");
+    for (int d = 0; d < D; d += 8) {
+        f32xw keys[V];
         TOKENLOOM_UNROLL
-        for (int k = 0; k < 8; ++k) products[k] = splat(0.0f);
-        for (int d = 0; d < D; d += 8) {
-            const f32x8 part = load(x + d);
+        for (int v = 0; v < V; ++v) keys[v] = load_apart(rows[v] + d, rows[v + 8 - V] + d);
+        TOKENLOOM_UNROLL
+        for (int q = 0; q < Q; ++q) {
+            const f32xw part = load_apart(query + q * D + d, query + q * D + d);
             TOKENLOOM_UNROLL
-            for (int k = 0; k < 8; ++k) products[k] += part * load(a.rows[first + k] + d);
+            for (int v = 0; v < V; ++v) products[q][v] += part * keys[v];
         }
-        store(a.scores + i * KEY_BLOCK + first, sums(products));
+    }
+    TOKENLOOM_UNROLL
+    for (int q = 0; q < Q; ++q) store(scores + q * KEY_BLOCK, sums_of_halves(products[q]));
+}
+
+// acc = acc * decay + the sum of p[j] * rows[j] for Q queries and N vectors F of D, from `part` on.
+template <int D, int Q, class F, int N>
+inline void add_few(const float* const* rows, int part, const float* p, int low, int high, const float* decay,
+                    float* acc) {
+    constexpr int LANES = sizeof(F) / 4;
+    F sums_of[Q][N];
+    TOKENLOOM_UNROLL
+    for (int q = 0; q < Q; ++q) {
+        for (int n = 0; n < N; ++n) sums_of[q][n] = rounded<F>(load_as<F>(acc + q * D + n * LANES) * decay[q]);
+    }
+    for (int j = low; j < high; ++j) {
+        F value[N];
+        TOKENLOOM_UNROLL
+        for (int n = 0; n < N; ++n) value[n] = load_as<F>(rows[j] + part + n * LANES);
+        TOKENLOOM_UNROLL
+        for (int q = 0; q < Q; ++q) {
+            const F weight = all<F>(p[q * KEY_BLOCK + j]);
+            for (int n = 0; n < N; ++n) sums_of[q][n] += weight * value[n];
+        }
+    }
+    TOKENLOOM_UNROLL
+    for (int q = 0; q < Q; ++q) {
+        for (int n = 0; n < N; ++n) store_as<F>(acc + q * D + n * LANES, sums_of[q][n]);
+    }
+}
+
+// `f(queries, first)` for queries `begin .. end`, as many at a time as fit the registers.
+template <class Function>
+inline void few_at_once(int begin, int end, Function&& f) {
+    for (; begin + FEW_AT_ONCE <= end; begin += FEW_AT_ONCE) f(std::integral_constant<int, FEW_AT_ONCE>(), begin);
+    if constexpr (FEW_AT_ONCE > 1) {
+        switch (end - begin) {
+            case 1: f(std::integral_constant<int, 1>(), begin); break;
+            case 2: f(std::integral_constant<int, 2>(), begin); break;
+            case 3: f(std::integral_constant<int, 3>(), begin); break;
+        }
     }
 }
 
 template <int D>
-void add_few(Attending<D>& a, int queries, int padded) {
-    for (int i = 0; i < queries; ++i) {
-        const int low = a.low[i], high = a.high[i];
+void score_few(Attending<D>& a, Queries who, int first) {
+    few_at_once(who.begin, who.end, [&](auto count, int i) {
+        score_few<D, decltype(count)::value>(a.rows + first, a.query + i * D, a.scores + i * KEY_BLOCK + first);
+    });
+}
+
+// Scores of the keys that a query reads become weights.
+template <int D>
+void weigh_few(Attending<D>& a, int i, int padded) {
+    const int low = a.low[i], high = a.high[i];
+    float* p = a.scores + i * KEY_BLOCK;
+    for (int j = 0; j < low; ++j) p[j] = -__builtin_inff();
+    for (int j = high; j < padded; ++j) p[j] = -__builtin_inff();
+    f32x8 top = load(p);
+    for (int j = 8; j < padded; j += 8) top = max_or_nan(top, load(p + j));
+    const float now = max_or_nan(top);
+    const float next = now > a.most[i] || now != now ? now : a.most[i];
+    f32x8 weights = splat(0.0f);
+    for (int j = 0; j < padded; j += 8) {
+        const f32x8 e = exp_below(load(p + j) - splat(next));
+        weights += e;
+        store(p + j, e);
+    }
+    a.decay[i] = a.most[i] == next ? 1.0f : exp_below(splat(a.most[i] - next))[0];
+    a.total[i] = a.total[i] * a.decay[i] + sum(weights);
+    a.most[i] = next;
+}
+
+// `group` queries after one another read the same keys.
+template <int D>
+void add_few(Attending<D>& a, Queries who, int group, int padded) {
+    for (int first = who.begin; first < who.end; first += group) {
+        const int low = a.low[first], high = a.high[first];
         if (low >= high) continue;
-        float* p = a.scores + i * KEY_BLOCK;
-        for (int j = 0; j < low; ++j) p[j] = -__builtin_inff();
-        for (int j = high; j < padded; ++j) p[j] = -__builtin_inff();
-        f32x8 top = load(p);
-        for (int j = 8; j < padded; j += 8) top = max_or_nan(top, load(p + j));
-        const float now = max_or_nan(top);
-        const float next = now > a.most[i] || now != now ? now : a.most[i];
-        f32x8 weights = splat(0.0f);
-        for (int j = 0; j < padded; j += 8) {
-            const f32x8 e = exp_below(load(p + j) - splat(next));
-            weights += e;
-            store(p + j, e);
-        }
-        const float decay = a.most[i] == next ? 1.0f : exp_below(splat(a.most[i] - next))[0];
-        a.total[i] = a.total[i] * decay + sum(weights);
-        a.most[i] = next;
-        add_values<D>(a.rows, p, low, high, decay, a.acc + i * D);
+        for (int i = first; i < first + group; ++i) weigh_few(a, i, padded);
+        few_at_once(first, first + group, [&](auto count, int i) {
+            constexpr int Q = decltype(count)::value;
+            each_part<D, WIDE == 16 ? 4 : 8>([&](auto lanes, auto vectors, int part) {
+                add_few<D, Q, decltype(lanes), decltype(vectors)::value>(
+                    a.rows, part, a.scores + i * KEY_BLOCK, low, high, a.decay + i, a.acc + i * D + part);
+            });
+        });
     }
 }
 
-// Many queries: one lane each, so that sums over D and over keys are sums of whole vectors. `query` is
-// [D, MOST_QUERIES] here and `scores` [keys, MOST_QUERIES].
+// Many queries: one lane each, so that sums over D and over keys are sums of whole vectors. They
+// are `columns` here and `scores` is [keys, MOST_QUERIES].
 //
 // A score is eight sums, of every eighth product, which are added up as a tree: as `score_few` has it.
 template <int D, int N>
@@ -251,18 +320,6 @@ inline void add_tile(const float* const* rows, int count, const float* weights, 
     }
 }
 
-// `f(lanes, vectors, part)` for all parts of D that fit the registers.
-template <int D, class Function>
-inline void each_part(Function&& f) {
-    if constexpr (D % (2 * WIDE) == 0) {
-        for (int part = 0; part < D; part += 2 * WIDE) f(f32xw{}, std::integral_constant<int, 2>(), part);
-    } else if constexpr (D % 16 == 0) {
-        for (int part = 0; part < D; part += 16) f(f32x8{}, std::integral_constant<int, 2>(), part);
-    } else {
-        for (int part = 0; part < D; part += 8) f(f32x8{}, std::integral_constant<int, 1>(), part);
-    }
-}
-
 template <int D>
 void add_many(const float* const* rows, int count, const float* weights, const float* decay, float* acc, int queries) {
     for (int query = 0; query < queries; query += ROWS_AT_ONCE) {
@@ -273,8 +330,8 @@ void add_many(const float* const* rows, int count, const float* weights, const f
 }
 
 template <int D>
-void begin_piece(Attending<D>& a, int queries) {
-    for (int i = 0; i < queries; ++i) {
+void begin_piece(Attending<D>& a, Queries who) {
+    for (int i = who.begin; i < who.end; ++i) {
         for (int d = 0; d < D; d += 8) store(a.acc + i * D + d, splat(0.0f));
         a.most[i] = -__builtin_inff();
         a.total[i] = 0.0f;
@@ -317,89 +374,98 @@ inline void finish(const float* acc, float most, float total, float* out, float*
     if (lse) *lse = most + std::log(total);
 }
 
-// The row of the batch that a task's query i is of.
-inline int row_of(const Span& span, const AttentionTask& task, int row) {
-    return task.shared ? task.shared[row].row : span.start + task.row + row;
-}
-
-template <int D>
-void attend(const float* q, const AttentionShape& s, const Span* spans, const AttentionTask& task,
-            float* partials, const KVLayer& kv, float* out, float* lse) {
-    constexpr int V = D / 8;
-    const Span& span = spans[task.span];
-    const int group = s.heads / s.kv_heads, queries = task.rows * group;
-    const bool many = queries > FEW_QUERIES;
-    const float factor = 1.0f / std::sqrt(static_cast<float>(D));
-    Attending<D> a;
-    for (int i = 0; i < queries; ++i) {
-        const int row = row_of(span, task, i / group), head = task.kv_head * group + i % group;
-        const float* from = q + row * s.q_stride + head * D;
-        if (many) {
-            for (int d = 0; d < D; ++d) a.query[d * MOST_QUERIES + i] = from[d] * factor;
-        } else {
-            for (int v = 0; v < V; ++v) store(a.query + i * D + 8 * v, load(from + 8 * v) * splat(factor));
-        }
-    }
-    const int lanes = (queries + WIDE - 1) / WIDE * WIDE;  // computed along: nobody reads what they give
-    for (int i = queries; many && i < lanes; ++i) {
-        for (int d = 0; d < D; ++d) a.query[d * MOST_QUERIES + i] = 0.0f;
-    }
-    for (int i = 0; i < lanes; ++i) a.low[i] = a.high[i] = 0;
-    begin_piece(a, lanes);
+// Keys `from .. to` of a span, from a multiple of KEY_BLOCK on, meet queries. `last(i)`: the last key that query i
+// reads. Returns whether there were several pieces, which have been folded.
+template <int D, class Last>
+bool meet(Attending<D>& a, const AttentionShape& s, const Span& span, int kv_head, const KVLayer& kv, int from, int to,
+          Queries who, Last&& last) {
+    const int group = s.heads / s.kv_heads;
     size_t index[2][KEY_BLOCK];
     int turn = 0;
     bool folding = false;
-    locate(s, span, task.key_begin, std::min(KEY_BLOCK, task.key_end - task.key_begin), task.kv_head, index[0]);
-    for (int begin = task.key_begin; begin < task.key_end; begin += KEY_BLOCK) {
-        const int count = std::min(KEY_BLOCK, task.key_end - begin), padded = (count + 7) / 8 * 8;
+    locate(s, span, from, std::min(KEY_BLOCK, to - from), kv_head, index[0]);
+    for (int begin = from; begin < to; begin += KEY_BLOCK) {
+        const int count = std::min(KEY_BLOCK, to - begin), padded = (count + 7) / 8 * 8;
         const size_t* here = index[turn];
         const size_t* ahead = index[turn ^= 1];
-        const int next = std::min(KEY_BLOCK, task.key_end - begin - KEY_BLOCK);
-        if (begin % PIECE_KEYS == 0 && begin > task.key_begin) {
-            fold(a, queries, folding);
+        const int next = std::min(KEY_BLOCK, to - begin - KEY_BLOCK);
+        if (begin % PIECE_KEYS == 0 && begin > from) {
+            fold(a, who.end, folding);
             folding = true;
-            begin_piece(a, lanes);
+            begin_piece(a, who);
         }
-        if (next > 0) locate(s, span, begin + KEY_BLOCK, next, task.kv_head, index[turn]);
+        if (next > 0) locate(s, span, begin + KEY_BLOCK, next, kv_head, index[turn]);
         gather<D>(here, count, kv.keys, kv.key_scales, a.rows, a.wide);
         for (int j = count; j < padded; ++j) a.rows[j] = a.rows[count - 1];
         for (int j = 0; j < padded; j += 8) {
             if (j < next) fetch<D>(ahead + j, std::min(8, next - j), kv);
-            if (many) {
-                score_many<D>(a.rows + j, 8, a.query, queries, a.scores + j * MOST_QUERIES);
+            if (who.many) {
+                score_many<D>(a.rows + j, 8, a.columns, who.end, a.scores + j * MOST_QUERIES);
             } else {
-                score_few<D>(a, queries, j);
+                score_few(a, who, j);
             }
         }
         gather<D>(here, count, kv.values, kv.value_scales, a.rows, a.wide);
         bool masked = false;
-        for (int i = 0; i < queries; ++i) {
-            // Row r of the span is token kv_len - length + r: it reads up to itself; all that is shared.
-            const int last = task.shared ? task.key_end : span.kv_len - span.length + task.row + i / group;
-            a.low[i] = s.window > 0 ? std::max(0, last + 1 - s.window - begin) : 0;
-            a.high[i] = std::min(count, last + 1 - begin);
+        for (int i = who.begin; i < who.end; ++i) {
+            a.low[i] = s.window > 0 ? std::max(0, last(i) + 1 - s.window - begin) : 0;
+            a.high[i] = std::min(count, last(i) + 1 - begin);
             masked |= a.low[i] > 0 || a.high[i] < count;
         }
-        if (many) {
-            weigh_many<D>(a, queries, count, masked);
-            add_many<D>(a.rows, count, a.scores, a.decay, a.acc, queries);
+        if (who.many) {
+            weigh_many<D>(a, who.end, count, masked);
+            add_many<D>(a.rows, count, a.scores, a.decay, a.acc, who.end);
         } else {
-            add_few<D>(a, queries, padded);
+            add_few(a, who, group, padded);
         }
     }
-    if (folding) fold(a, queries, true);
-    const float* sums_of = folding ? a.folded : a.acc;
-    const float *most = folding ? a.folded_most : a.most, *total = folding ? a.folded_total : a.total;
+    if (folding) fold(a, who.end, true);
+    return folding;
+}
+
+template <int D>
+void attend(const float* q, const AttentionShape& s, const Span* spans, const AttentionTask& task,
+            const SharedRow* shared, float* partials, const KVLayer& kv, float* out, float* lse) {
+    const Span& span = spans[task.span];
+    const int group = s.heads / s.kv_heads, queries = task.rows * group;
+    const bool many = queries > FEW_QUERIES;
+    const float factor = 1.0f / std::sqrt(static_cast<float>(D));
+    // The row of the batch that query i is of.
+    const auto row_of = [&](int i) { return shared ? shared[i / group].row : span.start + task.row + i / group; };
+    Attending<D> a;
     for (int i = 0; i < queries; ++i) {
-        if (task.partial >= 0) {
-            const int place = task.shared ? task.shared[i / group].partial + i % group : task.partial + i;
+        const float* from = q + row_of(i) * s.q_stride + (task.kv_head * group + i % group) * D;
+        for (int d = 0; d < D; d += 8) store(a.query + i * D + d, load(from + d) * splat(factor));
+        for (int d = 0; many && d < D; ++d) a.columns[d * MOST_QUERIES + i] = a.query[i * D + d];
+    }
+    const int lanes = (queries + WIDE - 1) / WIDE * WIDE;  // computed along: nobody reads what they give
+    for (int i = queries; many && i < lanes; ++i) {
+        for (int d = 0; d < D; ++d) a.columns[d * MOST_QUERIES + i] = 0.0f;
+    }
+    for (int i = 0; i < lanes; ++i) a.low[i] = a.high[i] = 0;
+    begin_piece(a, {0, lanes, many});
+    const bool folded = meet(a, s, span, task.kv_head, kv, task.key_begin, task.key_end, {0, queries, many}, [&](int i) {
+        // Row r of the span is token kv_len - length + r: it reads up to itself; all that is shared.
+        return shared ? task.key_end : span.kv_len - span.length + task.row + i / group;
+    });
+    for (int r = 0; task.alone && r < task.rows; ++r) {
+        const Span& own = spans[shared[r].span];
+        const int end = end_alone(task, shared[r], own);
+        const Queries who{r * group, (r + 1) * group, false};
+        meet(a, s, own, task.kv_head, kv, task.key_end, end, who, [&](int) { return end; });
+    }
+    const float* sums_of = folded ? a.folded : a.acc;
+    const float *most = folded ? a.folded_most : a.most, *total = folded ? a.folded_total : a.total;
+    for (int i = 0; i < queries; ++i) {
+        const int place = shared ? shared[i / group].partial + i % group : task.partial + i;
+        if ((shared ? shared[i / group].partial : task.partial) >= 0) {
             float* to = partials + static_cast<size_t>(place) * (D + 2);
             memcpy(to, sums_of + i * D, sizeof(float) * D);
             to[D] = most[i];
             to[D + 1] = total[i];
             continue;
         }
-        const int row = span.start + task.row + i / group, head = task.kv_head * group + i % group;
+        const int row = row_of(i), head = task.kv_head * group + i % group;
         finish<D>(sums_of + i * D, most[i], total[i], out + row * s.out_stride + head * D,
                   lse ? lse + static_cast<size_t>(row) * s.heads + head : nullptr);
     }
@@ -407,16 +473,16 @@ void attend(const float* q, const AttentionShape& s, const Span* spans, const At
 
 // The results of tasks that share rows, one after another in `partials`, become one.
 template <int D>
-void merge(const AttentionShape& s, const Span* spans, const AttentionTask& task, const float* partials,
-           float* out, float* lse) {
-    const int group = s.heads / s.kv_heads, queries = task.rows * group;
+void merge(const AttentionShape& s, const Span* spans, const AttentionMerge& merge, const float* partials, float* out,
+           float* lse) {
+    const int group = s.heads / s.kv_heads, queries = merge.rows * group;
     for (int i = 0; i < queries; ++i) {
         float acc[D], most = 0.0f, total = 0.0f;
-        for (int p = 0; p < task.num_partials; ++p) {
-            const float* from = partials + (static_cast<size_t>(task.first_partial) + p * queries + i) * (D + 2);
+        for (int p = 0; p < merge.count; ++p) {
+            const float* from = partials + (static_cast<size_t>(merge.first) + p * queries + i) * (D + 2);
             fold<D>(from, from[D], from[D + 1], p == 0, acc, most, total);
         }
-        const int row = spans[task.span].start + task.row + i / group, head = task.kv_head * group + i % group;
+        const int row = spans[merge.span].start + merge.row + i / group, head = merge.kv_head * group + i % group;
         finish<D>(acc, most, total, out + row * s.out_stride + head * D,
                   lse ? lse + static_cast<size_t>(row) * s.heads + head : nullptr);
     }
@@ -437,18 +503,18 @@ inline void with_head_dim(int head_dim, Function&& f) {
     }
 }
 
-void attention(Work& work, const float* q, const AttentionShape& s, const Span* spans,
-               const AttentionTask* tasks, int num_tasks, float* partials, const KVLayer& kv, float* out, float* lse) {
-    work.each(num_tasks, [&](int i) {
+void attention(Work& work, const float* q, const AttentionShape& s, const Span* spans, const AttentionPlan& plan,
+               float* partials, const KVLayer& kv, float* out, float* lse) {
+    work.each(static_cast<int>(plan.tasks.size()), [&](int i) {
+        const AttentionTask& task = plan.tasks[i];
+        const SharedRow* shared = task.shared < 0 ? nullptr : plan.shared.data() + task.shared;
         with_head_dim(s.head_dim, [&](auto d) {
-            attend<decltype(d)::value>(q, s, spans, tasks[i], partials, kv, out, lse);
+            attend<decltype(d)::value>(q, s, spans, task, shared, partials, kv, out, lse);
         });
     });
-    bool merging = false;
-    for (int i = 0; i < num_tasks; ++i) merging |= tasks[i].num_partials > 0;
-    if (!merging) return;
-    work.each(num_tasks, [&](int i) {
-        if (tasks[i].num_partials == 0) return;
-        with_head_dim(s.head_dim, [&](auto d) { merge<decltype(d)::value>(s, spans, tasks[i], partials, out, lse); });
+    work.each(static_cast<int>(plan.merges.size()), [&](int i) {
+        with_head_dim(s.head_dim, [&](auto d) {
+            merge<decltype(d)::value>(s, spans, plan.merges[i], partials, out, lse);
+        });
     });
 }

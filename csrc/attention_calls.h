@@ -45,8 +45,7 @@ void attend(const float* q, const AttentionShape& shape, const std::vector<Span>
     run_team(threads, [&](Team& team) {
         Work work(team, threads);
         first(work);
-        isa().attention(work, q, shape, spans.data(), plan.tasks.data(), static_cast<int>(plan.tasks.size()), memory,
-                        cache, out, lse);
+        isa().attention(work, q, shape, spans.data(), plan, memory, cache, out, lse);
     });
 }
 
@@ -71,7 +70,7 @@ size_t keys_read(Table table, Vector<int32_t> blocks, int block_size, int window
     const auto any = static_cast<size_t>(std::numeric_limits<int>::max());
     const auto spans = spans_of(table, blocks, std::numeric_limits<int>::max(), block_size, any);
     const AttentionShape shape{heads, kv_heads, 8, block_size, window, 0, 0};
-    return plan_attention(spans, shape, shared_of(shared, spans)).keys_read();
+    return keys_of(plan_attention(spans, shape, shared_of(shared, spans)), spans);
 }
 
 // Each kv head reads what lies at its own cells; the rows are the last of each list, in order. As many lists as kv

@@ -143,8 +143,8 @@ void check_attention(const Kernels& kernels, const Kernels& plain, Work& work, i
         outs[side].resize(15 * static_cast<size_t>(shape.out_stride));
         k.rope_append(work, rotated[side].data(), 15, shape, norm.data(), norm.data(), 1e-5f, angle.data(),
                       angle.data() + 15 * head_dim / 2, to.data(), kv);
-        k.attention(work, rotated[side].data(), shape, spans.data(), plan.tasks.data(),
-                    static_cast<int>(plan.tasks.size()), partials.data(), kv, outs[side].data(), nullptr);
+        k.attention(work, rotated[side].data(), shape, spans.data(), plan, partials.data(), kv,
+                    outs[side].data(), nullptr);
     }
     check("rope_append", head_dim, rotated[0], rotated[1], 1e-5f);
     check("attention", head_dim, outs[0], outs[1], quantized ? 0.01f : 1e-4f);
@@ -189,8 +189,8 @@ void check_attention_backward(const Kernels& kernels, const Kernels& plain, Work
     auto cache = normal(2 * static_cast<size_t>(slots) * kv_heads * head_dim);
     const KVLayer kv{cache.data(), cache.data() + cache.size() / 2, nullptr, nullptr};
     std::vector<float> out(size), lse(rows * heads), merged(plan.partial_rows * (head_dim + 2));
-    plain.attention(work, q.data(), shape, spans.data(), plan.tasks.data(), static_cast<int>(plan.tasks.size()),
-                    merged.data(), kv, out.data(), lse.data());
+    plain.attention(work, q.data(), shape, spans.data(), plan, merged.data(), kv, out.data(),
+                    lse.data());
     const size_t keys = static_cast<size_t>(kv_heads) * tokens * head_dim;
     std::vector<float> dq[2], dk[2], dv[2];
     for (int side = 0; side < 2; ++side) {
@@ -265,8 +265,7 @@ void check_shared(const Kernels& kernels, const Kernels& plain, Work& work, int 
     const KVLayer kv{cache.data(), cache.data() + cache.size() / 2, nullptr, nullptr};
     const auto run = [&](const Kernels& k, const AttentionPlan& plan) {
         std::vector<float> out(q.size()), partials(static_cast<size_t>(plan.partial_rows) * (head_dim + 2));
-        k.attention(work, q.data(), shape, spans.data(), plan.tasks.data(), static_cast<int>(plan.tasks.size()),
-                    partials.data(), kv, out.data(), nullptr);
+        k.attention(work, q.data(), shape, spans.data(), plan, partials.data(), kv, out.data(), nullptr);
         return out;
     };
     check("shared attention", rows, run(kernels, plan_attention(spans, shape, {shared})),

@@ -2,6 +2,7 @@
 // them with the same arguments.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -65,23 +66,42 @@ struct AttentionShape {
     ptrdiff_t q_stride, out_stride;  // in floats, between rows
 };
 
-// A row of the batch that reads keys which it shares with others, and where what it gets of them waits to be merged.
+constexpr int KEY_BLOCK = 64;  // 16 KiB each of keys and values of 64 numbers
+constexpr int PIECE_KEYS = 256;  // a row's results of so many keys each are folded together in order
+
+// A row of the batch, of one span, that reads keys which it shares with others, and where what it gets of them waits to
+// be merged; -1: it is the result.
 struct SharedRow {
-    int row, partial;
+    int span, row, partial;
 };
 
 // A piece of attention: rows of one span, one kv head, some keys, from a multiple of KEY_BLOCK on. Or rows of several
-// spans, all of which read all of these keys: then `shared` says which, and `span` is one of them. What waits to be
-// merged is of keys between two multiples of PIECE_KEYS.
+// spans, all of which read all of these keys: then `shared` says where in the plan's list they begin, and `span` is one
+// of them. What waits to be merged is of keys between two multiples of PIECE_KEYS.
 struct AttentionTask {
     int span, row, rows, kv_head, key_begin, key_end;
     int partial;  // where its result waits to be merged, in units of `partial_floats`; -1: it is the result
-    int first_partial, num_partials;  // of one task of a merge: where all of it lies, one after another; else 0
-    const SharedRow* shared = nullptr;
+    int shared = -1;
+    bool alone = false;  // shared rows then read on by themselves, to the end of the piece
 };
 
-constexpr int KEY_BLOCK = 64;  // 16 KiB each of keys and values of 64 numbers
-constexpr int PIECE_KEYS = 256;  // a row's results of so many keys each are folded together in order
+// Where that ends for a row.
+inline int end_alone(const AttentionTask& task, const SharedRow& row, const Span& span) {
+    return std::min(span.kv_len - span.length + 1 + row.row - span.start, task.key_begin + PIECE_KEYS);
+}
+
+// Results of tasks, one after another from `first` on, that become one.
+struct AttentionMerge {
+    int span, row, rows, kv_head, first, count;
+};
+
+// What attention of a batch is cut into.
+struct AttentionPlan {
+    std::vector<AttentionTask> tasks;
+    std::vector<SharedRow> shared;
+    std::vector<AttentionMerge> merges;
+    int partial_rows = 0;
+};
 
 // The gradient of attention's q, keys and values by that of its result. All rows are [heads, head_dim].
 struct AttentionGradients {
@@ -172,8 +192,8 @@ struct Kernels {
                         const float* k_norm, float eps, const float* cos, const float* sin,
                         const int64_t* slots, const KVLayer& kv);
     void (*attention)(Work& work, const float* q, const AttentionShape& shape, const Span* spans,
-                      const AttentionTask* tasks, int num_tasks, float* partials, const KVLayer& kv,
-                      float* out, float* lse);  // lse [T, Hq]: log of the sum of e^score; null: not wanted
+                      const AttentionPlan& plan, float* partials, const KVLayer& kv, float* out,
+                      float* lse);  // lse [T, Hq]: log of the sum of e^score; null: not wanted
     // out [heads, count]: q [heads, width] times the keys at keys.slots [count].
     void (*key_scores)(Work& work, const float* q, const KeyRows& keys, int heads, int count, float* out);
     // cells [Hk or Hq, pages.tokens()]; best: room for [heads, total - 1].

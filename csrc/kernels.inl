@@ -16,8 +16,8 @@ namespace tokenloom {
 namespace TOKENLOOM_ISA {
 namespace {
 
-constexpr int TILE = WIDE == 16 ? 8 : 4;  // activation rows that share the unpacking of a weight
-constexpr int FEW_ROWS = 4;
+constexpr int TILE = WIDE == 16 ? 10 : 4;  // activation rows that share the unpacking of a weight
+constexpr int FEW_ROWS = 16;
 #if defined(__AMX_INT8__)
 constexpr int STRIP = 4;  // groups of weight rows that are computed together
 constexpr int ROW_BLOCK = 128;  // activation rows that stay in the L2 cache while weights pass by

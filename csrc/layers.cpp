@@ -17,65 +17,138 @@ constexpr int APART = 16;
 
 }  // namespace
 
-size_t AttentionPlan::keys_read() const {
-    size_t keys = 0;
-    for (const AttentionTask& task : tasks) keys += task.key_end - task.key_begin;
+namespace {
+
+size_t keys_of(const AttentionTask& task, const AttentionPlan& plan, const std::vector<Span>& spans) {
+    size_t keys = task.key_end - task.key_begin;
+    for (int i = 0; task.alone && i < task.rows; ++i) {
+        const SharedRow& row = plan.shared[task.shared + i];
+        keys += end_alone(task, row, spans[row.span]) - task.key_end;
+    }
     return keys;
 }
 
-namespace {
-
-// What a span shares with others: so many results come from there, and its own keys begin behind it.
+// What a span shares with others: so many whole pieces, before its own keys begin.
 struct SharedPart {
     int pieces = 0, own_begin = 0;
+    bool joined = false;  // the first piece of its own keys is the task of a `Joint`
+    std::vector<int> places;  // where its results begin, for each tile of its rows and kv head; -1: there is but one
 };
 
-// Shared keys as far as they are whole pieces: a row's sums must not depend on what it shares.
-SharedKeys in_pieces(const SharedKeys& keys) {
-    return {keys.begin / PIECE_KEYS * PIECE_KEYS, keys.end / PIECE_KEYS * PIECE_KEYS, keys.spans};
-}
+// Keys that a piece begins with, in whole blocks, which the rows of some spans share before they read on alone.
+struct Joint {
+    int begin, end;
+    std::vector<int> spans;
+    int saved() const { return (static_cast<int>(spans.size()) - 1) * (end - begin); }
+};
+
 int pieces_of(const SharedKeys& keys) { return (keys.end - keys.begin) / PIECE_KEYS; }
 
-// One task reads shared keys for as many rows as fit it. `places[i]`: where span i's results of them begin, for each
-// tile of its rows and kv head.
+// Shared keys as far as they are whole pieces: a row's sums must not depend on what it shares.
+std::vector<SharedKeys> whole_pieces(const std::vector<SharedKeys>& shared, std::vector<SharedPart>& parts) {
+    std::vector<SharedKeys> whole;
+    for (const SharedKeys& keys : shared) {
+        const int begin = keys.begin / PIECE_KEYS * PIECE_KEYS, end = keys.end / PIECE_KEYS * PIECE_KEYS;
+        if (begin == end) continue;
+        whole.push_back({begin, end, keys.spans});
+        for (int i : keys.spans) {
+            parts[i].pieces += pieces_of(whole.back());
+            parts[i].own_begin = std::max(parts[i].own_begin, end);
+        }
+    }
+    return whole;
+}
+
+// What is shared of the pieces behind those, the most first; no span is in two.
+std::vector<Joint> joints_of(const std::vector<SharedKeys>& shared, const std::vector<Span>& spans,
+                             std::vector<SharedPart>& parts) {
+    std::vector<Joint> found, joints;
+    for (const SharedKeys& keys : shared) {
+        Joint joint{keys.end / PIECE_KEYS * PIECE_KEYS, keys.end / KEY_BLOCK * KEY_BLOCK, {}};
+        if (joint.begin == joint.end) continue;
+        for (int i : keys.spans) {
+            if (spans[i].length <= SPLIT_ROWS && parts[i].own_begin == joint.begin) joint.spans.push_back(i);
+        }
+        if (joint.spans.size() > 1) found.push_back(std::move(joint));
+    }
+    while (!found.empty()) {
+        const auto best = std::max_element(found.begin(), found.end(),
+                                           [](const auto& a, const auto& b) { return a.saved() < b.saved(); });
+        if (best->spans.size() < 2) break;
+        for (int i : best->spans) parts[i].joined = true;
+        joints.push_back(std::move(*best));
+        found.erase(best);
+        for (Joint& joint : found) {
+            const auto taken = [&](int i) { return parts[i].joined; };
+            joint.spans.erase(std::remove_if(joint.spans.begin(), joint.spans.end(), taken), joint.spans.end());
+        }
+    }
+    return joints;
+}
+
+// Adds tasks for rows that share keys, as many rows each as fit.
+class SharedTasks {
+  public:
+    SharedTasks(AttentionPlan& plan, int most_rows, const AttentionTask& like)
+        : plan_(plan), most_rows_(most_rows), task_(like) {}
+    void add(const SharedRow& row) {
+        if (task_.rows == 0) task_.shared = static_cast<int>(plan_.shared.size());
+        plan_.shared.push_back(row);
+        if (++task_.rows == most_rows_) close();
+    }
+    void close() {
+        if (task_.rows > 0) plan_.tasks.push_back(task_);
+        task_.rows = 0;
+    }
+
+  private:
+    AttentionPlan& plan_;
+    const int most_rows_;
+    AttentionTask task_;
+};
+
+// One task reads shared keys for as many rows as fit it.
 void plan_shared(AttentionPlan& plan, const std::vector<Span>& spans, const AttentionShape& s,
-                 const std::vector<SharedKeys>& shared, const std::vector<std::vector<int>>& places) {
+                 const std::vector<SharedKeys>& whole, const std::vector<Joint>& joints,
+                 const std::vector<SharedPart>& parts) {
     const int group = s.heads / s.kv_heads, tile = std::max(1, MOST_QUERIES / group);
     std::vector<int> done(spans.size());  // pieces of each span
-    size_t total = 0;
-    for (const SharedKeys& keys : shared) {
-        for (int i : keys.spans) total += static_cast<size_t>(spans[i].length) * pieces_of(keys) * s.kv_heads;
-    }
-    plan.shared.reserve(total);  // tasks point into it
-    for (const SharedKeys& keys : shared) {
+    // Rows of span i whose keys are piece p's. Results lie by tile of rows, kv head and piece, then by row.
+    const auto add = [&](SharedTasks& tasks, int i, int p, int head) {
+        for (int r = 0; r < spans[i].length; ++r) {
+            const int rows = std::min(tile, spans[i].length - r / tile * tile);
+            const int place = parts[i].places[r / tile * s.kv_heads + head];
+            tasks.add({i, spans[i].start + r, place < 0 ? -1 : place + (p * rows + r % tile) * group});
+        }
+    };
+    for (const SharedKeys& keys : whole) {
         const int pieces = pieces_of(keys);
         for (int head = 0; head < s.kv_heads; ++head) {
             for (int p = 0; p < pieces; ++p) {
                 const int from = keys.begin + p * PIECE_KEYS;
-                AttentionTask task{keys.spans[0], 0, 0, head, from, from + PIECE_KEYS, 0, 0, 0};
-                const auto close = [&] {
-                    if (!task.rows) return;
-                    task.shared = plan.shared.data() + plan.shared.size() - task.rows;
-                    plan.tasks.push_back(task);
-                    task.rows = 0;
-                };
-                for (int i : keys.spans) {
-                    for (int r = 0; r < spans[i].length; ++r) {
-                        // Results lie by tile of rows, kv head and piece, then by row.
-                        const int rows = std::min(tile, spans[i].length - r / tile * tile);
-                        const int place = places[i][r / tile * s.kv_heads + head];
-                        plan.shared.push_back({spans[i].start + r, place + ((done[i] + p) * rows + r % tile) * group});
-                        if (++task.rows == tile) close();
-                    }
-                }
-                close();
+                SharedTasks tasks(plan, tile, {keys.spans[0], 0, 0, head, from, from + PIECE_KEYS, -1});
+                for (int i : keys.spans) add(tasks, i, done[i] + p, head);
+                tasks.close();
             }
         }
         for (int i : keys.spans) done[i] += pieces;
     }
+    for (const Joint& joint : joints) {
+        for (int head = 0; head < s.kv_heads; ++head) {
+            SharedTasks tasks(plan, tile, {joint.spans[0], 0, 0, head, joint.begin, joint.end, -1, -1, true});
+            for (int i : joint.spans) add(tasks, i, parts[i].pieces, head);
+            tasks.close();
+        }
+    }
 }
 
 }  // namespace
+
+size_t keys_of(const AttentionPlan& plan, const std::vector<Span>& spans) {
+    size_t keys = 0;
+    for (const AttentionTask& task : plan.tasks) keys += keys_of(task, plan, spans);
+    return keys;
+}
 
 AttentionPlan plan_attention(const std::vector<Span>& spans, const AttentionShape& s,
                              const std::vector<SharedKeys>& shared) {
@@ -83,21 +156,16 @@ AttentionPlan plan_attention(const std::vector<Span>& spans, const AttentionShap
     const int group = s.heads / s.kv_heads;
     const int tile = std::max(1, MOST_QUERIES / group);
     const bool sharing = !shared.empty() && s.window == 0;
-    std::vector<SharedPart> parts(sharing ? spans.size() : 0);
-    std::vector<std::vector<int>> places(parts.size());
-    std::vector<SharedKeys> together;
-    for (size_t k = 0; sharing && k < shared.size(); ++k) {
-        const SharedKeys keys = in_pieces(shared[k]);
-        if (keys.begin == keys.end) continue;
-        together.push_back(keys);
-        for (int i : keys.spans) {
-            parts[i].pieces += pieces_of(keys);
-            parts[i].own_begin = std::max(parts[i].own_begin, keys.end);
-        }
+    std::vector<SharedPart> parts(spans.size());
+    std::vector<SharedKeys> whole;
+    std::vector<Joint> joints;
+    if (sharing) {
+        whole = whole_pieces(shared, parts);
+        joints = joints_of(shared, spans, parts);
     }
     for (int i = 0; i < static_cast<int>(spans.size()); ++i) {
         const Span& span = spans[i];
-        const SharedPart part = sharing ? parts[i] : SharedPart{};
+        SharedPart& part = parts[i];
         for (int row = 0; row < span.length; row += tile) {
             const int rows = std::min(tile, span.length - row);
             const int first = span.kv_len - span.length + row;  // token of the tile's first row
@@ -108,29 +176,30 @@ AttentionPlan plan_attention(const std::vector<Span>& spans, const AttentionShap
             const int results = part.pieces + pieces;
             const int heads = span.cells ? span.head + 1 : s.kv_heads;
             for (int head = span.cells ? span.head : 0; head < heads; ++head) {
-                if (part.pieces > 0) places[i].push_back(plan.partial_rows);
-                for (int p = 0; p < pieces; ++p) {
-                    AttentionTask task{i, row, rows, head, begin, end, -1, 0, 0};
+                const int place = results > 1 ? plan.partial_rows : -1;
+                if (sharing) part.places.push_back(place);
+                for (int p = part.joined ? 1 : 0; p < pieces; ++p) {
+                    AttentionTask task{i, row, rows, head, begin, end, -1};
                     if (split) {
                         task.key_begin = std::max(begin, (from + p) * PIECE_KEYS);
                         task.key_end = std::min(end, (from + p + 1) * PIECE_KEYS);
                     }
-                    if (results > 1) {
-                        task.partial = plan.partial_rows + (part.pieces + p) * rows * group;
-                        task.first_partial = plan.partial_rows;
-                        task.num_partials = p == 0 ? results : 0;
-                    }
+                    if (results > 1) task.partial = place + (part.pieces + p) * rows * group;
                     plan.tasks.push_back(task);
                 }
-                if (results > 1) plan.partial_rows += results * rows * group;
+                if (results == 1) continue;
+                plan.merges.push_back({i, row, rows, head, place, results});
+                plan.partial_rows += results * rows * group;
             }
         }
     }
-    if (sharing) plan_shared(plan, spans, s, together, places);
+    plan_shared(plan, spans, s, whole, joints, parts);
     // Long ones first: the last to finish should be short.
-    std::stable_sort(plan.tasks.begin(), plan.tasks.end(), [](const auto& a, const auto& b) {
-        return a.rows * (a.key_end - a.key_begin) > b.rows * (b.key_end - b.key_begin);
-    });
+    const auto length = [&](const AttentionTask& task) {
+        return (task.rows - 1) * static_cast<size_t>(task.key_end - task.key_begin) + keys_of(task, plan, spans);
+    };
+    std::stable_sort(plan.tasks.begin(), plan.tasks.end(),
+                     [&](const auto& a, const auto& b) { return length(a) > length(b); });
     return plan;
 }
 
@@ -311,8 +380,8 @@ void run_layers(const Kernels& kernels, int threads, const Shape& shape, const s
             if (half == begin) {
                 attended = batch.attended;
             } else {
-                kernels.attention(work, qkv, own_attention, batch.spans.data(), plan->tasks.data(),
-                                  static_cast<int>(plan->tasks.size()), partials, kv[i], hidden, log_sums);
+                kernels.attention(work, qkv, own_attention, batch.spans.data(), *plan, partials, kv[i], hidden,
+                                  log_sums);
                 tap(Place::Attended, hidden, shape.q_width(), shape.q_width());
                 if (keeps_log_sums) tap(Place::LogSums, log_sums, shape.heads, shape.heads);
             }

@@ -37,18 +37,13 @@ struct SharedKeys {
     std::vector<int> spans;
 };
 
-// What attention of a batch is cut into.
-struct AttentionPlan {
-    std::vector<AttentionTask> tasks;
-    int partial_rows = 0;
-    std::vector<SharedRow> shared;  // what tasks point to
-    size_t keys_read() const;       // of one head each
-};
-
 // `shared`: of each span from its first key on, without gaps; read once for all of its spans' rows, unless there is a
 // window.
 AttentionPlan plan_attention(const std::vector<Span>& spans, const AttentionShape& shape,
                              const std::vector<SharedKeys>& shared = {});
+
+// Keys that the tasks of a plan read, of one head each.
+size_t keys_of(const AttentionPlan& plan, const std::vector<Span>& spans);
 
 // Cuts the gradient of attention into tiles and tasks; returns the floats that `prepared` and `partials` need.
 std::pair<size_t, size_t> plan_gradients(AttentionGradients& gradients, const AttentionShape& shape);

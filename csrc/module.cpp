@@ -292,7 +292,7 @@ NB_MODULE(_native, m) {
     m.def("top", &top, "x"_a, "values"_a.noconvert(), "ids"_a.noconvert(), "norms"_a.noconvert(), "threads"_a);
     m.def("largest", &largest, "x"_a, "ids"_a.noconvert(), "threads"_a);
     m.def("read_all", &read_all, "data"_a, "threads"_a, "Reads every byte once: the memory's speed.");
-    m.attr("PIECE_KEYS") = PIECE_KEYS;
+    m.attr("KEY_BLOCK") = KEY_BLOCK;
     m.def("isas", &isas, "Instruction sets of this build that this machine runs, best first.");
     m.def("use_isa", &use_isa, "name"_a, "Compute with this one from now on.");
     m.def("pool", &pool_name, "Whose threads are used.");

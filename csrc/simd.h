@@ -112,6 +112,37 @@ static inline f32x8 sums(const f32x8* v) {
            __builtin_shufflevector(u[0], u[1], 4, 5, 6, 7, 12, 13, 14, 15);
 }
 
+#if defined(__AVX512F__)
+
+constexpr int LOADED = 2;  // runs of eight numbers in a wide vector
+
+// Eight numbers of either, those of `a` in the lower half.
+static inline f32xw load_apart(const float* a, const float* b) {
+    return __builtin_shufflevector(load(a), load(b), 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+
+// Lane i of the result is the sum of the lower half of v[i], lane 4 + i that of the upper half, in the order of `sums`.
+static inline f32x8 sums_of_halves(const f32xw* v) {
+    f32xw t[2];
+    for (int i = 0; i < 2; ++i) {
+        const f32xw a = v[2 * i], b = v[2 * i + 1];
+        t[i] = __builtin_shufflevector(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+               __builtin_shufflevector(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+    }
+    const f32xw u = __builtin_shufflevector(t[0], t[1], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+                    __builtin_shufflevector(t[0], t[1], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    return __builtin_shufflevector(u, u, 0, 1, 2, 3, 8, 9, 10, 11) +
+           __builtin_shufflevector(u, u, 4, 5, 6, 7, 12, 13, 14, 15);
+}
+
+#else
+
+constexpr int LOADED = 1;
+static inline f32xw load_apart(const float* a, const float*) { return load(a); }
+static inline f32x8 sums_of_halves(const f32xw* v) { return sums(v); }
+
+#endif
+
 // Element j of v[i] goes to element i of v[j].
 static inline void transpose(f32x8* v) {
     f32x8 t[8], u[8];

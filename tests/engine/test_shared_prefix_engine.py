@@ -75,16 +75,17 @@ def test_answers_are_the_same_and_reads_are_saved(make: Make) -> None:
 
 
 @pytest.mark.skipif(native is None, reason="the native kernels were not built")
-def test_by_default_whole_pieces_are_read_once_where_that_changes_no_bit(make: Make) -> None:
+def test_by_default_whole_blocks_of_keys_are_read_once_where_that_changes_no_bit(make: Make) -> None:
     flags = {"model__dtype": "float32", "model__quantize": "q8", "cache__block_size": 16}
     flags["cache__kv_bytes"] = 2**24
-    long = [[(7 * i + 1) % 200 for i in range(native.PIECE_KEYS)] + [tail, 9] for tail in range(3)]
+    long = [[(7 * i + 1) % 200 for i in range(5 * native.KEY_BLOCK)] + [tail, 9] for tail in range(3)]
+    shared = (len(PREFIX) + 5 * native.KEY_BLOCK) // native.KEY_BLOCK * native.KEY_BLOCK
     found = {}
     for mode in ("auto", "off"):
         engine = make(**flags, cache__shared_prefix_attention=mode)
         run(engine, request("warm", long[0]))
         found[mode] = run(engine, *(request(f"r{i}", tail) for i, tail in enumerate(long)))
-        assert engine.stats().prefix_reads_saved == (8 * 2 * native.PIECE_KEYS if mode == "auto" else 0)
+        assert engine.stats().prefix_reads_saved == (8 * 2 * shared if mode == "auto" else 0)
     assert found["auto"] == found["off"]
 
 

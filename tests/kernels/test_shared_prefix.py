@@ -183,12 +183,48 @@ def test_with_a_window_every_row_reads_its_own(backend: str) -> None:
 @pytest.mark.parametrize(("heads", "kv_heads"), [(9, 3), (4, 4), (16, 1)])
 @pytest.mark.parametrize("streams", [2, 16, 40])
 def test_keys_are_read_as_often_as_computed(streams: int, heads: int, kv_heads: int) -> None:
-    own, prefix = 37, 128 * 16
-    tree = build(0, [([0] * 128, own, 1)] * streams, block_size=16, kv_heads=1, group=1, head_dim=8)
+    own, prefix = 37, 2048 + 192
+    tree = build(0, [([0] * 140, own, 1)] * streams, block_size=16, kv_heads=1, group=1, head_dim=8)
     sizes = {"num_heads": heads, "num_kv_heads": kv_heads}
     tiles = -(-streams // (64 // (heads // kv_heads)))  # 64 queries meet a key at a time
     assert keys_read(tree.spans, [], 16, **sizes) == kv_heads * streams * (prefix + own)
     assert keys_read(tree.spans, tree.shared, 16, **sizes) == kv_heads * (prefix * tiles + streams * own)
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("before", [1, 63, 64, 200, 255, 256, 300, 511, 512, 580])
+def test_rows_of_a_tree_read_what_is_before_them_once_and_get_the_same_bits(before: int, isa: str) -> None:
+    native.use_isa(isa)
+    kernels, parents = get_kernels("cpu"), [-1, 0, 1, 1, 0, 4, 2, 2]
+    num_blocks = -(-(before + len(parents)) // 16)
+    kv = cache(3, 64, num_blocks, 16, torch.float32)
+    blocks = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(before)).tolist()
+    slots = [blocks[i // 16] * 16 + i % 16 for i in range(before + len(parents))]
+    spans = []
+    for row in range(len(parents)):
+        path, at = [], row
+        while at >= 0:
+            path, at = [slots[before + at], *path], parents[at]
+        spans.append(KVSpan(row, 1, before + len(path), blocks, False, path))
+    q = torch.randn(len(parents), 9, 64)
+    separate = kernels.attention(q, kv, 0, spans)
+    for few in (8, 5, 2):  # as many queries as are computed in different ways
+        shared = shared_prefixes(spans[:few], 16, piece=native.KEY_BLOCK)
+        assert [(p.begin, p.end) for p in shared] == ([(0, before // 64 * 64)] if before >= 64 else [])
+        assert torch.equal(kernels.attention(q[:few], kv, 0, spans[:few], None, shared), separate[:few])
+
+
+@needs_native
+def test_of_prefixes_in_the_last_piece_the_one_that_saves_most_is_shared() -> None:
+    tree = build(0, [([0, 1, 1], 9, 1)] * 3 + [([0, 2, 2], 9, 1)] * 2, block_size=64, kv_heads=1, group=1)
+    sizes = {"num_heads": 1, "num_kv_heads": 1}
+    alone = 5 * (192 + 9)
+    # Five rows share 64 keys (saves 4 * 64), and either branch 128 more (2 * 192 and 1 * 192).
+    assert keys_read(tree.spans, tree.shared, 64, **sizes) == alone - 2 * 192 - 192
+    kernels = get_kernels("cpu")
+    together = kernels.attention(tree.q, tree.kv, 0, tree.spans, None, tree.shared)
+    assert torch.equal(together, kernels.attention(tree.q, tree.kv, 0, tree.spans))
 
 
 @needs_native

@@ -21,7 +21,7 @@ pytestmark = [
 
 
 PREFIX = torch.randint(0, 200, (256,), generator=torch.Generator().manual_seed(1)).tolist()
-"""As many tokens as the native kernels share at once (`native.PIECE_KEYS`)."""
+"""Four blocks of keys (`native.KEY_BLOCK`), which are what the native kernels share."""
 FIRST, BEHIND, ELSEWHERE = list(range(3, 67)), 70, list(range(80, 144))
 
 

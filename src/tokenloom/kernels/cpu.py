@@ -94,7 +94,7 @@ class CpuKernels(TorchKernels):
 
     def exact_prefix_tokens(self, shape: ModelShape, dtype: torch.dtype) -> int | None:
         exact = dtype == torch.float32 and _attends(shape.num_heads, shape.num_kv_heads, shape.head_dim)
-        return native.PIECE_KEYS if exact else None
+        return native.KEY_BLOCK if exact else None
 
     def attention_at(self, q: Tensor, kv: KVCache, cells: Tensor | Sequence[Tensor]) -> Tensor:
         heads, head_dim = q.shape[1:]
