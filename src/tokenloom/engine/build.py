@@ -28,11 +28,16 @@ def build_batch(engine: Engine, plan: Plan, train_rows: int) -> Batch:
     engine.counters.iterations += 1
     engine.counters.batch_tokens += plan.num_rows
     batch = builder.build()
+    share_prefixes(engine, batch)
+    engine.counters.prefix_reads_saved += sum(prefix.num_saved for prefix in batch.shared)
+    return batch
+
+
+def share_prefixes(engine: Engine, batch: Batch) -> None:
+    """Say which keys may be read once for all rows that read them."""
     piece = _shared_piece(engine)
     if piece is not None:
-        batch.shared = shared_prefixes(batch.plain_spans, block_size, piece=piece)
-        engine.counters.prefix_reads_saved += sum(prefix.num_saved for prefix in batch.shared)
-    return batch
+        batch.shared = shared_prefixes(batch.plain_spans, engine.pool.block_size, piece=piece)
 
 
 def _shared_piece(engine: Engine) -> int | None:

@@ -14,6 +14,7 @@ import torch
 from tokenloom.batch import BatchBuilder
 from tokenloom.cache.block_pool import OutOfBlocks
 from tokenloom.cache.block_table import BlockTable
+from tokenloom.engine.build import share_prefixes
 from tokenloom.engine.latency_model import Features, LatencyModel
 from tokenloom.engine.latency_profile import Cell, cache_path, profile_key
 
@@ -35,7 +36,7 @@ def pass_times(engine: Engine, home: Path | None) -> LatencyModel:
     row is taken to cost as much as the first: then no guess is worth it.
     """
     whole = profile_key(engine)
-    key = {**whole, "passes": "decode"}
+    key = {**whole, "passes": "tree"}
     if home is not None:
         for known in (whole, key):
             model = LatencyModel.load(cache_path(home, known), known)
@@ -93,6 +94,7 @@ def _time(engine: Engine, table: BlockTable, rows: int, context: int) -> float:
             contiguous=table.contiguous,
         )
         batch = builder.build()
+        share_prefixes(engine, batch)
         hidden = engine.decoder.forward(batch, engine.kv)
         engine.decoder.logits(hidden[batch.logits_rows]).argmax(-1).tolist()
         times.append((time.perf_counter() - start) * 1e3)
