@@ -30,7 +30,7 @@ void locate(const AttentionShape& s, const Span& span, int begin, int count, int
 
 // Asks for keys and values that are needed soon: one head's rows lie apart, so the processor does not foresee them.
 template <int D>
-inline void fetch(const size_t* index, int count, const KVLayer& kv) {
+TOKENLOOM_INLINE void fetch(const size_t* index, int count, const KVLayer& kv) {
     const int bytes = D * (kv.quantized() ? 1 : 4);
     const char *keys = static_cast<const char*>(kv.keys), *values = static_cast<const char*>(kv.values);
     for (int i = 0; i < count; ++i) {

@@ -40,7 +40,7 @@ static inline f32x8 load_half(const uint16_t* p) {
 static inline void in_register(__m256i& v) { asm("" : "+x"(v)); }
 
 template <int M>
-static inline void dots_q4(const uint8_t* w, const int8_t* a, ptrdiff_t stride, i32x8* out) {
+TOKENLOOM_INLINE void dots_q4(const uint8_t* w, const int8_t* a, ptrdiff_t stride, i32x8* out) {
     const __m256i nibble = _mm256_set1_epi8(15);
     __m256i acc[M];
     for (int m = 0; m < M; ++m) acc[m] = _mm256_setzero_si256();
@@ -71,7 +71,7 @@ static inline void dots_q4(const uint8_t* w, const int8_t* a, ptrdiff_t stride, 
 }
 
 template <int M>
-static inline void dots_q8(const uint8_t* w, const int8_t* a, ptrdiff_t stride, i32x8* out) {
+TOKENLOOM_INLINE void dots_q8(const uint8_t* w, const int8_t* a, ptrdiff_t stride, i32x8* out) {
     __m256i acc[M];
     for (int m = 0; m < M; ++m) acc[m] = _mm256_setzero_si256();
     for (int v = 0; v < 8; ++v) {
@@ -110,7 +110,7 @@ static inline f32xw load_halves(const uint16_t* p0, const uint16_t* p1) {
 }
 
 template <int M>
-static inline void dots_q4(const uint8_t* w0, const uint8_t* w1, const int8_t* a, ptrdiff_t stride, i32xw* out) {
+TOKENLOOM_INLINE void dots_q4(const uint8_t* w0, const uint8_t* w1, const int8_t* a, ptrdiff_t stride, i32xw* out) {
     const __m512i nibble = _mm512_set1_epi8(15);
     __m512i acc[M];
     for (int m = 0; m < M; ++m) acc[m] = _mm512_setzero_si512();
@@ -128,7 +128,7 @@ static inline void dots_q4(const uint8_t* w0, const uint8_t* w1, const int8_t* a
 }
 
 template <int M>
-static inline void dots_q8(const uint8_t* w0, const uint8_t* w1, const int8_t* a, ptrdiff_t stride, i32xw* out) {
+TOKENLOOM_INLINE void dots_q8(const uint8_t* w0, const uint8_t* w1, const int8_t* a, ptrdiff_t stride, i32xw* out) {
     __m512i acc[M];
     for (int m = 0; m < M; ++m) acc[m] = _mm512_setzero_si512();
     for (int v = 0; v < 8; ++v) {
@@ -164,7 +164,7 @@ static inline i32x8 joined(int32x4_t low, int32x4_t high) {
 }
 
 template <int M>
-static inline void dots_q4(const uint8_t* w, const int8_t* a, ptrdiff_t stride, i32x8* out) {
+TOKENLOOM_INLINE void dots_q4(const uint8_t* w, const int8_t* a, ptrdiff_t stride, i32x8* out) {
     int32x4_t acc[M][2];
     for (int m = 0; m < M; ++m) acc[m][0] = acc[m][1] = vdupq_n_s32(0);
     for (int v = 0; v < 4; ++v) {
@@ -185,7 +185,7 @@ static inline void dots_q4(const uint8_t* w, const int8_t* a, ptrdiff_t stride, 
 }
 
 template <int M>
-static inline void dots_q8(const uint8_t* w, const int8_t* a, ptrdiff_t stride, i32x8* out) {
+TOKENLOOM_INLINE void dots_q8(const uint8_t* w, const int8_t* a, ptrdiff_t stride, i32x8* out) {
     int32x4_t acc[M][2];
     for (int m = 0; m < M; ++m) acc[m][0] = acc[m][1] = vdupq_n_s32(0);
     for (int v = 0; v < 8; ++v) {
@@ -224,7 +224,7 @@ static inline f32x8 load_half(const uint16_t* p) {
 }
 
 template <int M>
-static inline void dots_q4(const uint8_t* w, const int8_t* a, ptrdiff_t stride, i32x8* out) {
+TOKENLOOM_INLINE void dots_q4(const uint8_t* w, const int8_t* a, ptrdiff_t stride, i32x8* out) {
     for (int m = 0; m < M; ++m) {
         int32_t acc[8] = {};
         const int8_t* row = a + m * stride;
@@ -239,7 +239,7 @@ static inline void dots_q4(const uint8_t* w, const int8_t* a, ptrdiff_t stride, 
 }
 
 template <int M>
-static inline void dots_q8(const uint8_t* w, const int8_t* a, ptrdiff_t stride, i32x8* out) {
+TOKENLOOM_INLINE void dots_q8(const uint8_t* w, const int8_t* a, ptrdiff_t stride, i32x8* out) {
     for (int m = 0; m < M; ++m) {
         int32_t acc[8] = {};
         const int8_t* row = a + m * stride;

@@ -59,7 +59,7 @@ void quantize(Work& work, const float* x, ptrdiff_t stride, const float* norm, f
 
 // -- linear ---------------------------------------------------------------------------------------------------
 
-inline void prefetch(const uint8_t* p, int bytes) {
+TOKENLOOM_INLINE void prefetch(const uint8_t* p, int bytes) {
     for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
 }
 
@@ -78,7 +78,7 @@ struct OneGroup {
         }
     }
     Floats halves(int byte) const { return load_half(reinterpret_cast<const uint16_t*>(w + byte)); }
-    void fetch(int ahead, int bytes) const { prefetch(w + ahead, bytes); }
+    [[gnu::always_inline]] void fetch(int ahead, int bytes) const { prefetch(w + ahead, bytes); }
     void next(int bytes) { w += bytes; }
 };
 
@@ -101,7 +101,7 @@ struct TwoGroups {
     Floats halves(int byte) const {
         return load_halves(reinterpret_cast<const uint16_t*>(w0 + byte), reinterpret_cast<const uint16_t*>(w1 + byte));
     }
-    void fetch(int ahead, int bytes) const {
+    [[gnu::always_inline]] void fetch(int ahead, int bytes) const {
         prefetch(w0 + ahead, bytes);
         prefetch(w1 + ahead, bytes);
     }
@@ -125,7 +125,7 @@ inline void add_block(Floats& acc, Ints products, Floats d, float scale, float s
 // that follow, which are asked for meanwhile; 0: nothing is. The order of summation does not depend on M, nor on the
 // number of groups, so a row's result is the same in any batch.
 template <Format F, int M, class Groups>
-inline void tile(Groups weights, int blocks, const Activations& x, int row, int ahead,
+TOKENLOOM_INLINE void tile(Groups weights, int blocks, const Activations& x, int row, int ahead,
                  typename Groups::Floats* out) {
     typedef typename Groups::Floats Floats;
     const ptrdiff_t stride = x.columns;

@@ -6,6 +6,11 @@
 #include <cstdint>
 #include <cstring>
 
+// What is called once for each block of numbers, with vectors that should not leave their registers for it; and what
+// only asks for memory ahead: the compiler thinks that such a function does nothing, and drops calls that it has not
+// inlined by then.
+#define TOKENLOOM_INLINE [[gnu::always_inline]] static inline
+
 namespace tokenloom {
 
 typedef float f32x8 __attribute__((vector_size(32)));
@@ -122,7 +127,7 @@ static inline f32xw load_apart(const float* a, const float* b) {
 }
 
 // Lane i of the result is the sum of the lower half of v[i], lane 4 + i that of the upper half, in the order of `sums`.
-static inline f32x8 sums_of_halves(const f32xw* v) {
+TOKENLOOM_INLINE f32x8 sums_of_halves(const f32xw* v) {
     f32xw t[2];
     for (int i = 0; i < 2; ++i) {
         const f32xw a = v[2 * i], b = v[2 * i + 1];
@@ -139,7 +144,7 @@ static inline f32x8 sums_of_halves(const f32xw* v) {
 
 constexpr int LOADED = 1;
 static inline f32xw load_apart(const float* a, const float*) { return load(a); }
-static inline f32x8 sums_of_halves(const f32xw* v) { return sums(v); }
+TOKENLOOM_INLINE f32x8 sums_of_halves(const f32xw* v) { return sums(v); }
 
 #endif
 
