@@ -203,8 +203,8 @@ void add_few(Attending<D>& a, Queries who, int group, int padded) {
     }
 }
 
-// Many queries: one lane each, so that sums over D and over keys are sums of whole vectors. They
-// are `columns` here and `scores` is [keys, MOST_QUERIES].
+// Many queries: one lane each, so that sums over D and over keys are sums of whole vectors. They are `columns` here,
+// and `scores` is [keys, MOST_QUERIES].
 //
 // A score is eight sums, of every eighth product, which are added up as a tree: as `score_few` has it.
 template <int D, int N>
@@ -374,8 +374,8 @@ inline void finish(const float* acc, float most, float total, float* out, float*
     if (lse) *lse = most + std::log(total);
 }
 
-// Keys `from .. to` of a span, from a multiple of KEY_BLOCK on, meet queries. `last(i)`: the last key that query i
-// reads. Returns whether there were several pieces, which have been folded.
+// Keys `from .. to` of a span, from a multiple of KEY_BLOCK on, meet queries. `last(i)`: query i reads no key beyond
+// this one. Returns whether there were several pieces, which have been folded.
 template <int D, class Last>
 bool meet(Attending<D>& a, const AttentionShape& s, const Span& span, int kv_head, const KVLayer& kv, int from, int to,
           Queries who, Last&& last) {

@@ -126,7 +126,7 @@ inline void add_block(Floats& acc, Ints products, Floats d, float scale, float s
 // number of groups, so a row's result is the same in any batch.
 template <Format F, int M, class Groups>
 TOKENLOOM_INLINE void tile(Groups weights, int blocks, const Activations& x, int row, int ahead,
-                 typename Groups::Floats* out) {
+                           typename Groups::Floats* out) {
     typedef typename Groups::Floats Floats;
     const ptrdiff_t stride = x.columns;
     const int8_t* a = x.q + row * stride;
