@@ -444,10 +444,11 @@ void attend(const float* q, const AttentionShape& s, const Span* spans, const At
     }
     for (int i = 0; i < lanes; ++i) a.low[i] = a.high[i] = 0;
     begin_piece(a, {0, lanes, many});
-    const bool folded = meet(a, s, span, task.kv_head, kv, task.key_begin, task.key_end, {0, queries, many}, [&](int i) {
+    const auto last = [&](int i) {
         // Row r of the span is token kv_len - length + r: it reads up to itself; all that is shared.
         return shared ? task.key_end : span.kv_len - span.length + task.row + i / group;
-    });
+    };
+    const bool folded = meet(a, s, span, task.kv_head, kv, task.key_begin, task.key_end, {0, queries, many}, last);
     for (int r = 0; task.alone && r < task.rows; ++r) {
         const Span& own = spans[shared[r].span];
         const int end = end_alone(task, shared[r], own);
