@@ -88,12 +88,23 @@ async def test_a_full_queue_is_busy_and_recovers(folder: Path) -> None:
     streams = [target.generate([1], LONG, request_id="first")]
     await streams[0].__anext__()
     streams += [target.generate([1], LONG, request_id=f"r{i}") for i in range(2)]
-    with pytest.raises(EngineBusyError, match="2"):
+    with pytest.raises(EngineBusyError, match="2") as refusal:
         target.generate([1], LONG, request_id="last")
+    assert refusal.value.retry_after_s == 1  # nothing has ended yet
     for stream in streams:
         await stream.aclose()
     await settled(target)
-    await target.generate([1], LONG, request_id="again").aclose()
+    streams = [target.generate([1], LONG, request_id="again")]
+    await streams[0].__anext__()
+    streams += [target.generate([1], LONG, request_id=f"s{i}") for i in range(2)]
+    waits = []
+    for i in range(3):
+        with pytest.raises(EngineBusyError) as refusal:
+            target.generate([1], LONG, request_id=f"t{i}")
+        waits.append(refusal.value.retry_after_s)
+    assert waits[0] < waits[1] < waits[2]  # three have ended; each of these has its own turn
+    for stream in streams:
+        await stream.aclose()
     await asyncio.to_thread(target.shutdown)
 
 

@@ -26,6 +26,7 @@ from tokenloom.engine.sampling_params import SamplingParams
 from tokenloom.engine.state import EngineState, engine_state
 from tokenloom.engine.stats import EngineStats, TrainingCounter
 from tokenloom.engine.stream import Stream, put_all
+from tokenloom.engine.turns import Turns
 from tokenloom.engine.watchdog import Life, Watchdog
 from tokenloom.errors import EngineBusyError, EngineStoppedError, GenerationError, RequestError
 from tokenloom.logs import fields
@@ -55,6 +56,7 @@ class AsyncEngine:
         # Between a life that gives outputs and the next, which takes them over.
         self._fence = threading.RLock()
         self._num_queued = 0  # requests sent to the loop but not yet taken
+        self._turns = Turns()
         self._draining = False
         self._stopping = False
         self._failure: BaseException | None = None
@@ -190,7 +192,8 @@ class AsyncEngine:
         waiting = self._num_queued + len(self.engine.scheduler.waiting)
         limit = self.settings.scheduler.max_waiting
         if waiting >= limit:
-            raise EngineBusyError(f"the queue is full: {waiting} requests wait, at most {limit} may")
+            message = f"the queue is full: {waiting} requests wait, at most {limit} may"
+            raise EngineBusyError(message, retry_after_s=self._turns.next_s())
         self.engine.validate(request)
         if request.request_id in self._streams:
             raise RequestError(f"request id {request.request_id!r} is in use", param="request_id")
@@ -233,8 +236,12 @@ class AsyncEngine:
     # -- between the threads ----------------------------------------------------------------------------
 
     def _abort(self, request_id: str) -> None:
-        self._streams.pop(request_id, None)
+        self._leave(request_id)
         self._send(partial(self._end, request_id))
+
+    def _leave(self, request_id: str) -> None:
+        if self._streams.pop(request_id, None) is not None:
+            self._turns.ended()
 
     def _end(self, request_id: str) -> StepOutput | None:
         return self.engine.abort(request_id)
@@ -309,7 +316,7 @@ class AsyncEngine:
                 by_loop.setdefault(stream.loop, []).append((stream, output))
                 stream.told.add(output)
                 if output.finished:
-                    self._streams.pop(output.request_id, None)
+                    self._leave(output.request_id)
         for loop, pairs in by_loop.items():
             with contextlib.suppress(RuntimeError):  # the event loop was closed: nobody listens any more
                 loop.call_soon_threadsafe(put_all, pairs)
