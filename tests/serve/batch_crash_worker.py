@@ -24,32 +24,38 @@ class NotedStore(BatchStore):
     """Notes answers once they are said to be kept."""
 
     note: Any
+    kept = False
 
     def record(self, batch_id: str, answers: Any) -> None:
         super().record(batch_id, answers)
         for answer in answers:
+            self.kept = True
             self.note(kept=json.loads(answer.text)["custom_id"], answer=answer.text)
 
 
-def work(home: str, notes: str, seed: int) -> None:
-    """Run the batches of a home; every asked and every kept line becomes a line of `notes`."""
+def work(home: str, notes: str, seed: int, waits: bool) -> None:
+    """Run the batches of a home; every asked and every kept line becomes a line of `notes`.
+
+    Args:
+        waits: once a line is kept no other one is answered.
+    """
     descriptor = os.open(notes, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
     def note(**what: Any) -> None:
         os.write(descriptor, (json.dumps(what) + "\n").encode())
 
     source = random.Random(seed)
+    opened = Store(Path(home))
+    store = NotedStore(opened.database, opened.files)
+    store.note = note
 
     async def ask(endpoint: str, body: dict[str, Any], meter: Meter | None) -> Reply:
         note(asked=body["name"], account=meter.account.id if meter else None)
-        await asyncio.sleep(source.uniform(0, 0.01))
+        await asyncio.sleep(3600 if waits and store.kept else source.uniform(0, 0.01))
         ok = body["name"][-1] != "7"
         return Reply(200 if ok else 400, "req_1", {"by": seed, "name": body["name"]})
 
     async def serve() -> None:
-        opened = Store(Path(home))
-        store = NotedStore(opened.database, opened.files)
-        store.note = note
         accounts = Accounts(KeyRing(load_settings({"server.api_keys": ["one", "two"]})), Meters())
         asker = Asker(ask, accounts, lambda: True, 4)  # type: ignore[arg-type]
         runner = BatchRunner(store, asker, BatchSettings(max_concurrent=4))
