@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -41,3 +41,19 @@ def usual_machine() -> Iterator[None]:
     torch.set_num_threads(threads)
     if native is not None:
         native.use_isa(native.isas()[0])
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """`refused("generate", ...)`: what a command that must end with status 1 says on stderr. It runs in this
+    process: for commands that a user got wrong, of which there are many."""
+    from tokenloom.cli import main
+
+    def run(*args: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["tokenloom", *args])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == 1
+        return capsys.readouterr().err
+
+    return run

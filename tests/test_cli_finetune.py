@@ -102,20 +102,21 @@ def test_a_ctrl_c_saves_and_the_same_command_goes_on(folder: Path, data: Path, t
     ],
 )
 def test_what_is_wrong_is_one_line(
-    folder: Path, data: Path, tmp_path: Path, args: list[str], words: str
+    folder: Path, data: Path, tmp_path: Path, args: list[str], words: str, refused: Callable[..., str]
 ) -> None:
     file = tmp_path / "file"
     file.write_text("in the way")
     given = [arg.format(file=file) for arg in args]
-    done = run("finetune", str(data), "-m", str(folder), "-o", str(tmp_path / "out"), *given)
-    assert done.returncode == 1
-    assert one_line(done.stderr, words.format(file=file)), done.stderr
+    stderr = refused("finetune", str(data), "-m", str(folder), "-o", str(tmp_path / "out"), *given)
+    assert one_line(stderr, words.format(file=file)), stderr
 
 
-def test_an_adapter_that_is_none_is_one_line(folder: Path, tmp_path: Path) -> None:
-    for command in (["generate", "x"], ["chat"]):
-        done = run(*command, "-m", str(folder), "--adapter", str(tmp_path))
-        assert done.returncode == 1 and one_line(done.stderr, "adapter_config.json"), done.stderr
+@pytest.mark.parametrize("command", [["generate", "x"], ["chat"]])
+def test_an_adapter_that_is_none_is_one_line(
+    folder: Path, tmp_path: Path, command: list[str], refused: Callable[..., str]
+) -> None:
+    stderr = refused(*command, "-m", str(folder), "--adapter", str(tmp_path))
+    assert one_line(stderr, "adapter_config.json"), stderr
 
 
 def test_warnings_do_not_disturb_the_lines_for_programs(folder: Path, data: Path, tmp_path: Path) -> None:
@@ -153,8 +154,8 @@ def test_a_real_server_trains_and_then_answers_by_the_new_name(
         headers = {"authorization": "Bearer k"}
         answer = httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=60)
         assert answer.status_code == 200 and answer.json()["model"] == name
-        refused = run("finetune", str(data), "--server", url, "--json")
-        assert refused.returncode == 1 and one_line(refused.stderr, "/v1/models: "), refused.stderr
+        done = run("finetune", str(data), "--server", url, "--json")
+        assert done.returncode == 1 and one_line(done.stderr, "/v1/models: "), done.stderr
 
 
 def client_of(answer: Callable[[httpx.Request], httpx.Response]) -> httpx.Client:
