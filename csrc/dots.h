@@ -37,7 +37,13 @@ static inline f32x8 load_half(const uint16_t* p) {
 
 // Keeps the compiler from turning a chain of additions into a tree, whose leaves would not fit the registers
 // (measured: half the speed).
-static inline void in_register(__m256i& v) { asm("" : "+x"(v)); }
+static inline void in_register(__m256i& v) {
+#if defined(__AVX512VL__)
+    asm("" : "+v"(v));  // any of 32
+#else
+    asm("" : "+x"(v));
+#endif
+}
 
 template <int M>
 TOKENLOOM_INLINE void dots_q4(const uint8_t* w, const int8_t* a, ptrdiff_t stride, i32x8* out) {

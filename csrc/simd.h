@@ -167,21 +167,27 @@ static inline void transpose(f32x8* v) {
     }
 }
 
+// The halves of a wide vector, which never leave the registers; where it is no wider, itself and nothing.
+#if defined(__AVX512F__)
+template <class V>
+static inline auto lower_half(V v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7); }
+template <class V>
+static inline auto upper_half(V v) { return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15); }
+#else
+template <class V>
+static inline V lower_half(V v) { return v; }
+template <class V>
+static inline V upper_half(V) { return V{}; }
+#endif
+
 // The lower half of a wide vector plus the upper one; the vector itself where it is no wider.
-static inline f32x8 folded(f32xw v) {
-    f32x8 low, high = {};
-    memcpy(&low, &v, sizeof low);
-    memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof v - sizeof high, sizeof high);
-    return WIDE == 8 ? low : low + high;
-}
+static inline f32x8 folded(f32xw v) { return WIDE == 8 ? lower_half(v) : lower_half(v) + upper_half(v); }
 
 // `f` of all lanes, two at a time: it must not matter in which order.
 template <class F>
 static inline int32_t over_lanes(i32xw v, F&& f) {
-    i32x8 low, high;
-    memcpy(&low, &v, sizeof low);
-    memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof v - sizeof high, sizeof high);
-    if (WIDE > 8) low = f(low, high);
+    i32x8 low = lower_half(v);
+    if (WIDE > 8) low = f(low, upper_half(v));
     low = f(low, __builtin_shufflevector(low, low, 4, 5, 6, 7, 0, 1, 2, 3));
     low = f(low, __builtin_shufflevector(low, low, 2, 3, 0, 1, 6, 7, 4, 5));
     low = f(low, __builtin_shufflevector(low, low, 1, 0, 3, 2, 5, 4, 7, 6));
