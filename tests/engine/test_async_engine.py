@@ -97,12 +97,9 @@ async def test_a_full_queue_is_busy_and_recovers(folder: Path) -> None:
     streams = [target.generate([1], LONG, request_id="again")]
     await streams[0].__anext__()
     streams += [target.generate([1], LONG, request_id=f"s{i}") for i in range(2)]
-    waits = []
-    for i in range(3):
-        with pytest.raises(EngineBusyError) as refusal:
-            target.generate([1], LONG, request_id=f"t{i}")
-        waits.append(refusal.value.retry_after_s)
-    assert waits[0] < waits[1] < waits[2]  # three have ended; each of these has its own turn
+    with pytest.raises(EngineBusyError) as refusal:
+        target.generate([1], LONG, request_id="t")
+    assert 0 < refusal.value.retry_after_s < 1  # three have ended within milliseconds
     for stream in streams:
         await stream.aclose()
     await asyncio.to_thread(target.shutdown)

@@ -241,7 +241,7 @@ class AsyncEngine:
 
     def _leave(self, request_id: str) -> None:
         if self._streams.pop(request_id, None) is not None:
-            self._turns.ended()
+            self._turns.ended(idle=not self._streams)
 
     def _end(self, request_id: str) -> StepOutput | None:
         return self.engine.abort(request_id)
