@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,7 +38,15 @@ def test_the_overview_follows_the_engine(server, visit):
     expect(page.locator("#kv-map")).to_have_attribute("aria-label", re.compile(r"Cached prefixes [1-9]"))
 
 
-def test_a_running_request_is_in_the_table_without_its_text(server, visit):
+def test_a_running_request_is_in_the_table_without_its_text(server, visit, monkeypatch):
+    decoder = server.engine.engine.decoder
+    forward = decoder.forward
+
+    def slowly(*given, **named):  # for a fast machine the answer would be over before the page tells of it
+        time.sleep(0.02)
+        return forward(*given, **named)
+
+    monkeypatch.setattr(decoder, "forward", slowly)
     page = visit(server)
     body = {"model": "tiny", "prompt": "secret", "max_tokens": 450, "ignore_eos": True, "stream": True}
     with server.http.stream("POST", "/v1/completions", json={**body, "kv": "snapkv(budget=64)"}):
