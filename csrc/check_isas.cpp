@@ -96,6 +96,11 @@ void check_products(const Kernels& kernels, const Kernels& plain, Work& work) {
                 check("linear", rows, got, wanted, 1e-5f);
             }
             w.rows = n;
+            const auto dy = normal(static_cast<size_t>(rows) * n);
+            std::vector<float> got(static_cast<size_t>(rows) * columns, 1.0f), wanted = got;
+            kernels.linear_backward(work, w, dy.data(), n, rows, got.data(), columns, rows % 2);
+            plain.linear_backward(work, w, dy.data(), n, rows, wanted.data(), columns, rows % 2);
+            check("linear_backward", rows, got, wanted, 1e-5f);
         }
     }
 }

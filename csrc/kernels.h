@@ -208,6 +208,9 @@ struct Kernels {
     // Where the k largest of each row are, in ascending order; of equal ones the first count.
     void (*largest)(Work& work, const float* x, ptrdiff_t stride, int rows, int width, int k, int64_t* ids);
     void (*sum)(Work& work, const uint64_t* data, size_t count, uint64_t* out);  // one figure per thread
+    // dx [rows, K] = (or +=) dy [rows, N] w.
+    void (*linear_backward)(Work& work, const Weight& w, const float* dy, ptrdiff_t dy_stride, int rows, float* dx,
+                            ptrdiff_t dx_stride, bool add);
 };
 
 // Numbers of one partial result of attention: rows of (out [D], maximum, sum).

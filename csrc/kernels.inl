@@ -40,6 +40,7 @@ int begin_of(int piece, int pieces, int count) {
 
 #include "low_rank.inl"
 #include "linear.inl"
+#include "linear_backward.inl"
 #include "rows.inl"
 #include "attention.inl"
 #include "key_scores.inl"
@@ -78,7 +79,7 @@ extern const Kernels kernels;
 const Kernels kernels = {
     TOKENLOOM_ISA_NAME, quantize,          linear,      unpack,    unpack_group, rms_norm,     silu_mul,
     rms_norm_backward,  silu_mul_backward, rope_append, attention, key_scores,   choose_pages, few_products,
-    float_products,     attention_backward, top,        largest,   sum_words,
+    float_products,     attention_backward, top,        largest,   sum_words,    linear_backward,
 };
 
 }  // namespace TOKENLOOM_ISA

@@ -318,28 +318,36 @@ void linear(Work& work, const Weight& w, const Activations& x, Then then, float*
     }
 }
 
+// `f(row, column, numbers)` for each eight columns of a block's eight rows.
+template <class Function>
+inline void unpack_block(Format format, const uint8_t* block, Function&& f) {
+    const bool eight_bits = format == Format::Q8_0, offset = format == Format::Q4_1;
+    const auto* halves = reinterpret_cast<const uint16_t*>(block + quant_bytes(format));
+    const f32x8 d = load_half(halves), m = offset ? load_half(halves + GROUP) : splat(0.0f);
+    const i32x8 zero = splat_int(eight_bits || offset ? 0 : 8);
+    for (int eight = 0; eight < 4; ++eight) {
+        // A lane of a vector holds four columns of its row in its bytes, of Q4 low nibbles or high ones.
+        f32x8 columns[8];
+        for (int half = 0; half < 2; ++half) {
+            i32x8 quants;
+            memcpy(&quants, block + 32 * (eight_bits ? 2 * eight + half : 2 * (eight % 2) + half), sizeof quants);
+            for (int byte = 0; byte < 4; ++byte) {
+                const i32x8 q = eight_bits ? (quants << (24 - 8 * byte)) >> 24
+                                           : (quants >> (8 * byte + 4 * (eight / 2))) & 15;
+                columns[4 * half + byte] = d * to_float(q - zero) + m;
+            }
+        }
+        transpose(columns);
+        for (int r = 0; r < GROUP; ++r) f(r, 8 * eight, columns[r]);
+    }
+}
+
 void unpack_group(const Weight& w, int g, float* out, ptrdiff_t stride) {
     const uint8_t* block = w.group(g);
-    const bool eight_bits = w.format == Format::Q8_0, offset = w.format == Format::Q4_1;
     for (int b = 0; b < w.blocks(); ++b, block += block_bytes(w.format)) {
-        const auto* halves = reinterpret_cast<const uint16_t*>(block + quant_bytes(w.format));
-        const f32x8 d = load_half(halves), m = offset ? load_half(halves + GROUP) : splat(0.0f);
-        const i32x8 zero = splat_int(eight_bits || offset ? 0 : 8);
-        for (int eight = 0; eight < 4; ++eight) {
-            // A lane of a vector holds four columns of its row in its bytes, of Q4 low nibbles or high ones.
-            f32x8 columns[8];
-            for (int half = 0; half < 2; ++half) {
-                i32x8 quants;
-                memcpy(&quants, block + 32 * (eight_bits ? 2 * eight + half : 2 * (eight % 2) + half), sizeof quants);
-                for (int byte = 0; byte < 4; ++byte) {
-                    const i32x8 q = eight_bits ? (quants << (24 - 8 * byte)) >> 24
-                                               : (quants >> (8 * byte + 4 * (eight / 2))) & 15;
-                    columns[4 * half + byte] = d * to_float(q - zero) + m;
-                }
-            }
-            transpose(columns);
-            for (int r = 0; r < GROUP; ++r) store(out + r * stride + b * BLOCK + 8 * eight, columns[r]);
-        }
+        unpack_block(w.format, block, [&](int r, int column, f32x8 numbers) {
+            store(out + r * stride + b * BLOCK + column, numbers);
+        });
     }
 }
 

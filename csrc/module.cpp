@@ -22,6 +22,20 @@ void linear(const WeightRef& w, Rows x, Out y, bool add, int threads) {
     });
 }
 
+void linear_backward(const WeightRef& w, Rows dy, Out dx, bool add, int threads) {
+    check_rows(dy, "dy");
+    check_rows(dx, "dx");
+    if (static_cast<int>(dy.shape(1)) != w.weight.rows) bad("dy: wrong width");
+    if (dx.shape(0) != dy.shape(0) || static_cast<int>(dx.shape(1)) != w.weight.columns) bad("dx: wrong shape");
+    if (dy.shape(0) == 0) return;
+    nb::gil_scoped_release release;
+    run_team(threads, [&](Team& team) {
+        Work work(team, threads);
+        isa().linear_backward(work, w.weight, dy.data(), dy.stride(0), static_cast<int>(dy.shape(0)), dx.data(),
+                              dx.stride(0), add);
+    });
+}
+
 void unpack(const WeightRef& w, Vector<int64_t> rows, Out out, int threads) {
     check_rows(out, "out");
     if (out.shape(0) != rows.shape(0) || static_cast<int>(out.shape(1)) != w.weight.columns) {
@@ -266,6 +280,8 @@ NB_MODULE(_native, m) {
              "keys"_a.noconvert(), "values"_a.noconvert(), "key_scales"_a.noconvert(),
              "value_scales"_a.noconvert());
     m.def("linear", &linear, "weight"_a, "x"_a, "y"_a.noconvert(), "add"_a, "threads"_a);
+    m.def("linear_backward", &linear_backward, "weight"_a, "dy"_a, "dx"_a.noconvert(), "add"_a, "threads"_a,
+          "dx = dy w, or dx += dy w.");
     m.def("unpack", &unpack, "weight"_a, "rows"_a, "out"_a.noconvert(), "threads"_a);
     m.def("unpack_rows", &unpack_rows, "weight"_a, "first"_a, "out"_a.noconvert(), "threads"_a);
     m.def("rms_norm", &rms_norm, "x"_a, "weight"_a, "eps"_a, "out"_a.noconvert(), "threads"_a);

@@ -158,10 +158,11 @@ class LayerBackward:
         return self.model.kernels.linear_backward(dy, self._weight(w, site, linear, dy), extra)
 
     def _weight(self, w: Window, site: str, linear: Linear, like: Tensor) -> Weight:
-        """A projection's weight, in numbers where it is quantised and small: they serve all of the layer's
-        windows."""
+        """A projection's weight, in numbers where it is quantised and small, and not as fast as it is: they
+        serve all of the layer's windows."""
         weight = linear.weight
-        if not isinstance(weight, PackedWeight) or math.prod(weight.shape) > MOST_NUMBERS:
+        small = math.prod(weight.shape) <= MOST_NUMBERS
+        if not (isinstance(weight, PackedWeight) and small) or self.model.kernels.reads_packed(like):
             return weight
         if self._numbers_of.get(site) != w.index:
             if site not in self._numbers:

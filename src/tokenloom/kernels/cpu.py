@@ -44,12 +44,19 @@ class CpuKernels(TorchKernels):
         return y if bias is None else y.add_(bias)
 
     def linear_backward(self, dy: Tensor, weight: Weight, extra: Tensor | None = None) -> Tensor:
-        if isinstance(weight, PackedWeight) or not _in_tiles(dy, weight):
+        if not (self.reads_packed(dy) if isinstance(weight, PackedWeight) else _in_tiles(dy, weight)):
             return super().linear_backward(dy, weight, extra)
         dx = torch.empty(len(dy), weight.shape[1]) if extra is None else extra
-        arrays = (capsule(dy), capsule(weight), capsule(dx))
-        native.float_products(*arrays, extra is not None, torch.get_num_threads())
+        end = (capsule(dx), extra is not None, torch.get_num_threads())
+        if isinstance(weight, PackedWeight):
+            native.linear_backward(weight.native, capsule(dy), *end)
+        else:
+            native.float_products(capsule(dy), capsule(weight), *end)
         return dx
+
+    def reads_packed(self, dy: Tensor) -> bool:
+        in_tiles = len(dy) >= TILE_ROWS and native.has_float_products()
+        return dy.dtype == torch.float32 and dy.stride(-1) == 1 and not in_tiles
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if x.dtype != torch.float32 or x.dim() != 2 or x.stride(-1) != 1:

@@ -201,6 +201,9 @@ class Kernels(Protocol):
         """The gradient of `linear`'s x by that of its result, dy `[T, out]`: `[T, in]`, added to extra, which
         is given up. A quantised weight becomes numbers for this product only, some rows at a time."""
 
+    def reads_packed(self, dy: Tensor) -> bool:
+        """Whether `linear_backward` of dy is as fast through a quantised weight as through its numbers."""
+
     def add_linear(self, y: Tensor, x: Tensor, weight: Tensor) -> None:
         """y `[T, out]` += x `[T, in]` times weight `[out, in]`, which is small; y may be strided."""
 

@@ -37,6 +37,9 @@ class ReferenceKernels:
         dx = dy @ dense(weight, like=dy)
         return dx if extra is None else dx + extra
 
+    def reads_packed(self, dy: Tensor) -> bool:
+        return False
+
     def add_linear(self, y: Tensor, x: Tensor, weight: Tensor) -> None:
         y += self.linear(x, weight)
 
