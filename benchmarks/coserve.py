@@ -321,7 +321,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2, help="traces per load")
     parser.add_argument("--seed", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--temporal-every", type=int, default=64)
-    parser.add_argument("--max-batch-tokens", type=int, default=32, help="rows of a batch, in every mode")
+    parser.add_argument("--max-batch-tokens", type=int, default=32, help="rows of requests in a batch")
     parser.add_argument("--ttft-ms", type=float, default=2000.0)
     parser.add_argument("--out", type=Path, default=Path("results/coserve"))
     parser.add_argument("--tpot-ms", type=float, default=0.0, help="0: 3 x an unloaded token's time")

@@ -82,7 +82,7 @@ def serve(
     api_key: Annotated[list[str] | None, typer.Option(help="Ask clients for a key; may be repeated.")] = None,
     admin_key: Annotated[list[str] | None, typer.Option(help="Keys for loading adapters.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt plus answer, in tokens.")] = None,
-    max_batch_tokens: Annotated[int | None, typer.Option(help="Rows of one iteration.")] = None,
+    max_batch_tokens: Annotated[int | None, typer.Option(help="Rows of requests in one iteration.")] = None,
     dtype: Dtype = None,
     device: Device = None,
     quantize: Quantize = None,

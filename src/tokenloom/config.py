@@ -105,7 +105,7 @@ class SchedulerSettings(_Branch):
     """How an iteration is filled."""
 
     max_batch_tokens: int = Field(
-        512, ge=1, description="Rows of one iteration: decodes plus prefill chunks."
+        512, ge=1, description="Rows of requests in one iteration: decodes plus prefill chunks."
     )
     max_running: int = Field(
         64,

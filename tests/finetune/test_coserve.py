@@ -73,6 +73,15 @@ def test_iterations_stay_within_the_budget(rig: Rig) -> None:
     assert max(used) > 0.4 * limit, "most of the budget was left unused"
 
 
+def test_windows_are_as_large_as_targets_allow_however_few_rows_requests_may_have(rig: Rig) -> None:
+    engine, _, _ = training_engine(rig, scheduler__max_batch_tokens=8)
+    engine.add(endless("r"))
+    for _ in range(30):
+        engine.step()
+    mixed = [i.train_rows for i in engine.coserver.iterations if i.inference_rows]
+    assert max(mixed) > 40
+
+
 def test_a_burst_is_answered_within_one_iteration(rig: Rig) -> None:
     """With 85 decodes nothing fits any more; when they are gone, training is back at once."""
     engine, _, _ = training_engine(rig, scheduler__max_running=128, cache__kv_bytes=64 * 2**20)

@@ -245,7 +245,7 @@ class Coserver:
         doubtful = not plan.rows or (budget > base and self._skipped >= DOUBT_AFTER)
         if due or doubtful:
             self._skipped = 0
-            return self._smallest(training, plan)
+            return self._smallest(training)
         return 0
 
     def _fill(self, training: Training, plan: Plan, room_ms: float, base_ms: float) -> int:
@@ -275,8 +275,6 @@ class Coserver:
         """
         features, planned = self._features, self._estimate(plan)
         limit = min(training.forward_left(), self.settings.ft.max_fwd_tokens)
-        if plan.rows:
-            limit = min(limit, self.settings.scheduler.max_batch_tokens - plan.num_rows)
         rows = bisect_rows(limit, lambda n: planned(features + training.forward_features(n)) <= budget_ms)
         return rows if rows >= min(self.settings.ft.min_rows, limit) else 0
 
@@ -292,10 +290,9 @@ class Coserver:
         assert self.latency is not None
         return self.latency.planned if plan.rows else self.latency.corrected
 
-    def _smallest(self, training: Training, plan: Plan) -> int:
+    def _smallest(self, training: Training) -> int:
         if training.forward_left():
-            room = self.settings.scheduler.max_batch_tokens - plan.num_rows
-            return min(training.forward_left(), self.settings.ft.min_rows, room)
+            return min(training.forward_left(), self.settings.ft.min_rows)
         self.run_piece(training, min(training.piece_rows(), self.settings.ft.min_rows))
         return 0
 

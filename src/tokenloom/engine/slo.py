@@ -30,19 +30,21 @@ class Prompts:
         self._total_ms += measured_ms
         self._forget()
 
-    def expected_ms(self, seconds: float) -> float:
-        """What the prompts of the next so many seconds will take, those of a burst rather than the mean.
+    def expected(self, seconds: float) -> tuple[float, float]:
+        """How many iterations the prompts of the next so many seconds will take, and milliseconds of each.
 
-        Arrivals whose times vary twice as much as random ones' (CV 2, as in the traces of the paper): of n
-        expected, n + 2 sqrt(n) come in one case of six. At least one prompt, whatever the rate.
+        Those of a burst rather than the mean: arrivals whose times vary twice as much as random ones' (CV 2,
+        as in the traces of the paper): of n expected, n + 2 sqrt(n) come in one case of six. At least one
+        prompt, whatever the rate.
         """
         self._forget()
         if self._count == 0:
-            return 0.0
-        each_ms = self._total_ms / self._count
+            return 0.0, 0.0
+        iterations = len(self._recent)
         passed_s = min(MEMORY_S, time.monotonic() - self._began_s)
         n = self._count * seconds / max(passed_s, 1.0)
-        return each_ms * max(1.0, n + 2 * math.sqrt(n))
+        burst = max(1.0, n + 2 * math.sqrt(n))
+        return burst * iterations / self._count, self._total_ms / iterations
 
     def _forget(self) -> None:
         while self._recent and self._recent[0][0] < time.monotonic() - MEMORY_S:
@@ -55,27 +57,33 @@ def iteration_budget_ms(plan: Plan, scheduler: Scheduler, settings: Settings, pr
     """Milliseconds that the iteration may take, inference included. Negative: somebody is late already.
 
     The targets are planned for less a margin (`coserve.margin`). A request in decode should get its n-th
-    token a target's time * (n - 1) after its first. The time until its last token is due, less what prompts
-    that arrive before will take, is shared evenly among the tokens that it still lacks; no iteration takes
+    token a target's time * (n - 1) after its first. The time until its last token is due is shared evenly
+    among the tokens that it still lacks; where iterations with prompts take longer than that share, those of
+    prompts that will arrive before are taken off first, with the tokens that they give. No iteration takes
     more than half a target's time more than the target. A request that waits for its first token shares what
-    is left until its deadline among the iterations that its prompt, and those before it, still need.
+    is left until its deadline among the iterations that its prompt, and those before it, still need beside
+    the streams that are decoding.
     """
     slo, now = settings.slo, time.monotonic()
     share = 1 - settings.coserve.margin
     tpot_ms, ttft_ms = slo.tpot_ms * share, slo.ttft_ms * share
     budgets = []
     pending = 0
+    decoding = sum(sequence.request.first_token_s is not None for sequence in scheduler.running)
+    room = max(1, settings.scheduler.max_batch_tokens - decoding)
     for sequence in (*scheduler.running, *scheduler.waiting):
         first = sequence.request.first_token_s
         if first is None:
             pending += sequence.num_pending
-            iterations = math.ceil(pending / settings.scheduler.max_batch_tokens)
+            iterations = math.ceil(pending / room)
             due_ms = (sequence.request.arrival_s - now) * 1e3 + ttft_ms
             budgets.append(due_ms / iterations)
         elif sequence in plan.rows:
             count = sequence.num_output
             left = max(1, min((sequence.request.params.max_tokens or HORIZON_TOKENS) - count, HORIZON_TOKENS))
             due_ms = (first - now) * 1e3 + tpot_ms * (count + left - 1)
-            free_ms = due_ms - prompts.expected_ms(left * tpot_ms / 1e3)
-            budgets.append(min(free_ms / left, tpot_ms * (1 + MAX_CREDIT)))
+            expected, each_ms = prompts.expected(left * tpot_ms / 1e3)
+            with_prompts = min(expected, left - 1)
+            beside_ms = (due_ms - with_prompts * each_ms) / (left - with_prompts)
+            budgets.append(min(due_ms / left, beside_ms, tpot_ms * (1 + MAX_CREDIT)))
     return min(budgets) if budgets else settings.ft.idle_iter_ms or slo.ttft_ms / 5
