@@ -39,6 +39,7 @@ inline void multiply_unpacked(const float* dy, const float* w, int depth, float*
 }
 
 // Columns `begin .. begin + count` of `depth` rows of w from row `first` on, as [DX_COLUMNS wide, depth, DX_COLUMNS].
+// Of the last DX_COLUMNS some may be missing: what stands there is multiplied along, and nobody reads what it gives.
 void unpack_columns(const Weight& w, int first, int depth, int begin, int count, float* to) {
     for (int row = 0; row < depth; row += GROUP) {
         const uint8_t* block = w.group((first + row) / GROUP) + begin / BLOCK * block_bytes(w.format);
